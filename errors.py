@@ -1,0 +1,30 @@
+"""What every command says when its user can put the matter right."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(ValueError):
+    """A mistake the user can correct.
+
+    `str(error)` is one sentence (or one line per mistake) that names the key, file or flag, its value, and what
+    would work. Commands print it and exit with code 2; anything else that escapes is a defect and keeps its traceback.
+    """
+
+
+def exits_cleanly(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+    """Make `main(argv)` return an exit code: its own (None means 0), 2 after a UserError, 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapped
