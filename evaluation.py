@@ -1,0 +1,71 @@
+"""From an evaluation's sums to what is printed and kept."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+from tqdm import tqdm
+
+from config import ModelConfig
+from data.encoders import load_encoder
+
+TASK = "validation"
+
+
+def token_byte_lengths(config: ModelConfig) -> np.ndarray | None:
+    """Bytes of text behind each token id, int32 [at least n_vocab], or None where the datasets' tokenizer cannot tell."""
+    tables = []
+    for source in config.datasets:
+        if source.dataset.tokenizer_path is None:
+            return None
+        tables.append(load_encoder(source.dataset).token_byte_lengths())
+    if any(table is None or not np.array_equal(table, tables[0]) for table in tables):
+        return None
+    table = tables[0]
+    return np.pad(table, (0, max(0, config.n_vocab - len(table)))) if table is not None else None
+
+
+def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
+    """Token-weighted means from what the model function's evaluation returned.
+
+    Losses are in nats per token; perplexity = exp(cross entropy); bits_per_byte is null where the bytes are not known.
+    """
+    cross_entropy = float(sums["cross_entropy"])
+    tokens, size = int(sums["tokens"]), int(sums["bytes"])
+    bits = cross_entropy / math.log(2)
+    return {
+        "task": TASK,
+        "global_step": int(sums["global_step"]),
+        "loss": float(sums["objective"]),
+        "cross_entropy": cross_entropy,
+        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+        "bits_per_token": bits,
+        "bits_per_byte": bits * tokens / size if knows_bytes and size else None,
+        "tokens": tokens,
+        "bytes": size if knows_bytes else None,
+    }
+
+
+def report(result: Mapping[str, Any], model_path: str, sacred_id: str) -> None:
+    """Print `result` as one JSON line and append it to `<model_path>/eval_<sacred_id>.jsonl`."""
+    line = json.dumps(result)
+    print(line, flush=True)
+    with tf.io.gfile.GFile(os.path.join(model_path, f"eval_{sacred_id}.jsonl"), "a") as file:
+        file.write(line + "\n")
+
+
+class BatchBar(tf.train.SessionRunHook):
+    """A progress bar over the batches of an evaluation."""
+
+    def __init__(self, total: int, title: str):
+        self._bar = tqdm(total=total, desc=title, unit="batch", dynamic_ncols=True)
+
+    def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
+        self._bar.update(1)
+
+    def end(self, session: tf.Session) -> None:
+        self._bar.close()

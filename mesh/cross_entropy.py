@@ -1,0 +1,161 @@
+"""The output head and its cross entropy as one operation.
+
+Logits [tokens, vocab] are by far the largest tensor of a small model. Here they exist once: the fused kernel turns them
+into the loss and into `softmax - one_hot` in one pass, and both gradients are matrix products with that residual. No
+one-hot matrix and no second [tokens, vocab] tensor is made.
+
+With logits a = h w^T, log_z = logsumexp(a), p = softmax(a), y the label and upstream gradients dc (of the cross entropy)
+and dz (of log_z):  da = dc (p - one_hot(y)) + dz p = (dc + dz) (p - one_hot(y)) + dz one_hot(y).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow.compat.v1 as tf
+
+from mesh import mtf
+from mesh.operations import (
+    allreduce,
+    gather_rows,
+    lazy_allreduce_sum,
+    rows_inside,
+    scatter_rows,
+    slice_start,
+    split_axes,
+)
+
+
+def head_cross_entropy(hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor) -> tuple[mtf.Tensor, mtf.Tensor]:
+    """Cross entropy of the logits `hidden` [..., embd] x `table` [vocab, embd] against `labels` [...] int32.
+
+    Returns (cross entropy, log of the softmax's normalizer), each [...] float32, in nats. A label outside [0, vocab) is
+    taken as the nearest id: give such positions no weight. Any of the dimensions may be split over the mesh.
+    """
+    cross_entropy, log_z, _ = _HeadCrossEntropy(hidden, table, labels).outputs
+    return cross_entropy, log_z
+
+
+def _flat(slice_: tf.Tensor, trailing: int) -> tf.Tensor:
+    """[..., trailing dims] -> [tokens, trailing dims]"""
+    kept = slice_.shape.as_list()[slice_.shape.ndims - trailing :]
+    return tf.reshape(slice_, [-1, *kept])
+
+
+class _HeadCrossEntropy(mtf.Operation):
+    """Outputs: cross entropy [...], log_z [...], residual [..., vocab].
+
+    The residual is softmax - one_hot where the vocabulary is whole, and softmax alone where it is split over the mesh.
+    """
+
+    def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor):
+        super().__init__([hidden, table, labels], name="head_cross_entropy")
+        self.vocab, self.embd = table.shape.dims
+        self._outputs = [
+            mtf.Tensor(self, labels.shape, tf.float32, index=0),
+            mtf.Tensor(self, labels.shape, tf.float32, index=1),
+            mtf.Tensor(self, labels.shape + self.vocab, hidden.dtype, index=2),
+        ]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
+        hidden, table, labels = self.inputs
+        zeros = mtf.zeros(hidden.mesh, labels.shape, tf.float32)
+        d_cross_entropy, d_log_z = (zeros if dy is None else dy for dy in grad_ys[:2])
+        gradient = _HeadCrossEntropyGradient(hidden, table, labels, self.outputs[2], d_cross_entropy, d_log_z)
+        return [*gradient.outputs, None]
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        hidden, table, labels = (lowering.tensors[x] for x in self.inputs)
+
+        def product(hidden_slice: tf.Tensor, table_slice: tf.Tensor) -> tf.Tensor:
+            return tf.cast(tf.matmul(_flat(hidden_slice, 1), table_slice, transpose_b=True), tf.float32)
+
+        logits = allreduce(mesh_impl, mesh_impl.slicewise(product, hidden, table), [self.embd])
+        split = bool(split_axes(mesh_impl, [self.vocab]))
+        losses = self._split_vocab if split else self._whole_vocab
+        for output, value in zip(self.outputs, losses(mesh_impl, logits, labels)):
+            shape = mesh_impl.slice_shape(output.shape)
+            dtype = output.dtype
+            value = mesh_impl.slicewise(lambda x, shape=shape, dtype=dtype: tf.cast(tf.reshape(x, shape), dtype), value)
+            lowering.set_tensor_lowering(output, value)
+
+    def _whole_vocab(self, mesh_impl: mtf.MeshImpl, logits: Any, labels: Any) -> tuple[Any, Any, Any]:
+        vocab_size = self.vocab.size
+
+        def fused(logits_slice: tf.Tensor, labels_slice: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            labels_flat = tf.clip_by_value(_flat(labels_slice, 0), 0, vocab_size - 1)
+            loss, residual = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits_slice, labels=labels_flat)
+            log_z = loss + tf.gather(logits_slice, labels_flat, batch_dims=1)
+            return loss, log_z, residual
+
+        return mesh_impl.slicewise(fused, logits, labels)
+
+    def _split_vocab(self, mesh_impl: mtf.MeshImpl, logits: Any, labels: Any) -> tuple[Any, Any, Any]:
+        vocab_size = self.vocab.size
+
+        def target(logits_slice: tf.Tensor, labels_slice: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+            labels_flat = tf.clip_by_value(_flat(labels_slice, 0), 0, vocab_size - 1)
+            local, inside = rows_inside(labels_flat, start, logits_slice.shape[1])
+            found = tf.gather(logits_slice, tf.where_v2(inside, local, tf.zeros_like(local)), batch_dims=1)
+            return tf.where_v2(inside, found, tf.zeros_like(found))
+
+        start = slice_start(mesh_impl, self.vocab)
+        target_logits = allreduce(mesh_impl, mesh_impl.slicewise(target, logits, labels, start), [self.vocab])
+        maximum = mesh_impl.slicewise(lambda a: tf.reduce_max(a, axis=1), logits)
+        maximum = allreduce(mesh_impl, maximum, [self.vocab], "MAX")
+        total = mesh_impl.slicewise(lambda a, m: tf.reduce_sum(tf.exp(a - m[:, tf.newaxis]), axis=1), logits, maximum)
+        total = allreduce(mesh_impl, total, [self.vocab])
+        log_z = mesh_impl.slicewise(lambda m, s: m + tf.log(s), maximum, total)
+        cross_entropy = mesh_impl.slicewise(tf.subtract, log_z, target_logits)
+        residual = mesh_impl.slicewise(lambda a, z: tf.exp(a - z[:, tf.newaxis]), logits, log_z)
+        return cross_entropy, log_z, residual
+
+
+class _HeadCrossEntropyGradient(mtf.Operation):
+    """Inputs: hidden, table, labels, residual, dc, dz. Outputs: the gradients of hidden and of table."""
+
+    def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, *others: mtf.Tensor):
+        super().__init__([hidden, table, *others], name="head_cross_entropy_gradient")
+        self.vocab, self.embd = table.shape.dims
+        self._outputs = [
+            mtf.Tensor(self, hidden.shape, hidden.dtype, index=0),
+            mtf.Tensor(self, table.shape, table.dtype, index=1),
+        ]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self) -> bool:
+        return False
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        vocab_size = self.vocab.size
+        residual_holds_one_hot = not split_axes(mesh_impl, [self.vocab])
+
+        def gradients(
+            hidden: tf.Tensor,
+            table: tf.Tensor,
+            labels: tf.Tensor,
+            residual: tf.Tensor,
+            dc: tf.Tensor,
+            dz: tf.Tensor,
+            start: tf.Tensor | int,
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            flat_hidden, flat_residual = _flat(hidden, 1), _flat(residual, 1)
+            flat_labels = tf.clip_by_value(_flat(labels, 0), 0, vocab_size - 1)
+            dc, dz = (tf.cast(_flat(d, 0)[:, tf.newaxis], hidden.dtype) for d in (dc, dz))
+            at_label = dz if residual_holds_one_hot else -dc
+            d_hidden = (dc + dz) * tf.matmul(flat_residual, table) + at_label * gather_rows(table, flat_labels, start)
+            d_table = tf.matmul(flat_residual, (dc + dz) * flat_hidden, transpose_a=True)
+            d_table += scatter_rows(at_label * flat_hidden, flat_labels, start, table.shape[0])
+            return tf.reshape(d_hidden, hidden.shape), d_table
+
+        start = slice_start(mesh_impl, self.vocab)
+        d_hidden, d_table = mesh_impl.slicewise(gradients, *[lowering.tensors[x] for x in self.inputs], start)
+        tokens = self.inputs[2].shape.dims
+        for output, value, summed in zip(self.outputs, (d_hidden, d_table), ([self.vocab], tokens)):
+            axes = split_axes(mesh_impl, summed)
+            if axes:
+                value = lazy_allreduce_sum(lowering, output, value, axes)
+            lowering.set_tensor_lowering(output, value)

@@ -1,0 +1,126 @@
+"""From what the user named to devices, and from devices to a mesh implementation."""
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow.compat.v1 as tf
+from mesh_tensorflow.placement_mesh_impl import PlacementMeshImpl
+from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
+
+from errors import UserError
+from mesh import mtf
+from mesh.layout import MeshLayout
+
+logger = logging.getLogger(__name__)
+
+_DEVICE = re.compile(r"^/?(?:device:)?(?P<kind>gpu|cpu):(?P<index>\d+)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LocalDevices:
+    """Devices of this machine, in mesh order, named as TensorFlow does: "/device:GPU:0"."""
+
+    names: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """ "GPU" or "CPU"."""
+        return self.names[0].split(":")[1]
+
+    def session_config(self) -> tf.ConfigProto:
+        """Soft placement is off: an operation that cannot run where the mesh puts it is an error, never a silent move."""
+        num_cpus = 1 + max((int(name.rsplit(":", 1)[1]) for name in self.names if ":CPU:" in name), default=0)
+        config = tf.ConfigProto(allow_soft_placement=False, device_count={"CPU": num_cpus})
+        config.gpu_options.allow_growth = True
+        return config
+
+
+def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
+    """The devices that `--gpu_ids` names ("device:GPU:0", "gpu:0", "cpu:1", ...); without it all GPUs, else the CPU.
+
+    Logical CPU devices are made as asked for. Raises UserError for a name that is no device and for an absent GPU.
+    """
+    visible = len(tf.config.list_physical_devices("GPU"))
+    if not gpu_ids:
+        if visible:
+            return LocalDevices(tuple(f"/device:GPU:{i}" for i in range(visible)))
+        return LocalDevices(("/device:CPU:0",))
+    names: list[str] = []
+    for given in gpu_ids:
+        match = _DEVICE.match(given)
+        if match is None:
+            raise UserError(f"--gpu_ids {given!r} is not a device; write it like device:GPU:0, gpu:0 or cpu:0")
+        kind, index = match["kind"].upper(), int(match["index"])
+        if kind == "GPU" and index >= visible:
+            there = f"the visible GPUs are gpu:0 ... gpu:{visible - 1}" if visible else "TensorFlow sees no GPU here"
+            raise UserError(
+                f"--gpu_ids {given!r} names a GPU that is not there; {there}; for the CPU use --gpu_ids cpu:0"
+            )
+        name = f"/device:{kind}:{index}"
+        if name in names:
+            raise UserError(f"--gpu_ids names {given!r} twice; name each device once")
+        names.append(name)
+    if len({name.split(":")[1] for name in names}) > 1:
+        raise UserError(f"--gpu_ids {' '.join(gpu_ids)!r} mixes GPUs and CPUs; a mesh is made of one kind")
+    return LocalDevices(tuple(names))
+
+
+def tpu_resolver(name: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
+    """The cluster behind `--tpu`; "colab" finds the TPU of a Colab notebook. Raises UserError when it cannot be had."""
+    try:
+        if name == "colab":
+            address = os.environ.get("COLAB_TPU_ADDR")
+            if not address:
+                raise UserError("--tpu 'colab': COLAB_TPU_ADDR is not set; choose a TPU runtime in the notebook's menu")
+            return tf.distribute.cluster_resolver.TPUClusterResolver(f"grpc://{address}")
+        return tf.distribute.cluster_resolver.TPUClusterResolver(name)
+    except UserError:
+        raise
+    except Exception as error:  # the resolver raises whatever its HTTP and metadata clients raise
+        raise UserError(
+            f"--tpu {name!r} cannot be found ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "give the name of a TPU node of this project and zone, or its grpc:// address"
+        ) from error
+
+
+def local_mesh(graph: mtf.Graph, layout: MeshLayout, devices: LocalDevices) -> tuple[mtf.Mesh, mtf.MeshImpl]:
+    """A mesh on local devices. On one device the variables live there; on several the masters live on the CPU."""
+    placer = _OneDevice(devices.names[0]) if len(devices.names) == 1 else None
+    mesh = mtf.Mesh(graph, "mesh", placer)
+    return mesh, PlacementMeshImpl(layout.mesh_shape, layout.layout, list(devices.names))
+
+
+class _OneDevice:
+    """Variable placer in the form mtf.Mesh takes."""
+
+    def __init__(self, name: str):
+        self.device_function = name
+
+
+def tpu_mesh(graph: mtf.Graph, layout: MeshLayout, context: Any) -> tuple[mtf.Mesh, mtf.MeshImpl]:
+    """A mesh on the cores of a TPU; `context` is TPUEstimator's TPUContext. Variables spread over the hosts' memory."""
+    hosts = [context.tpu_host_placement_function(host_id=i) for i in range(context.num_hosts)]
+    # The first host also holds 300 MB of input buffers for each of its eight cores, so it starts fuller than the others.
+    memory_in_use = [300_000_000 * 8 * context.num_hosts] + [0] * (context.num_hosts - 1)
+    mesh = mtf.Mesh(graph, "mesh", mtf.utils.BalancedVariablePlacer(hosts, memory_in_use))
+    impl = SimdMeshImpl(
+        mtf.convert_to_shape(layout.mesh_shape),
+        mtf.convert_to_layout_rules(layout.layout),
+        [""] * layout.size,
+        context.device_assignment,
+    )
+    return mesh, impl
+
+
+def use_graph_mode() -> None:
+    """Make TensorFlow build graphs with resource variables; call it before anything is built.
+
+    With reference variables an update may overwrite a weight that back-propagation still reads, and training is then
+    wrong without any error.
+    """
+    tf.disable_v2_behavior()
+    tf.enable_resource_variables()

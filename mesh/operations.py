@@ -1,0 +1,205 @@
+"""Operations of our own: a function on each slice, all-reduced where a split dimension was summed over.
+
+Mesh-TensorFlow's `gather` multiplies by a one-hot matrix over the whole vocabulary. The lookup and the cache update here
+touch only the rows they need. On a TPU, where a dense product is the fast form, the lookup keeps the one-hot product.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow.compat.v1 as tf
+from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
+
+from mesh import mtf
+
+# (operation, gradients of its outputs) -> gradients of its inputs, None where an input has none
+GradientFn = Callable[[mtf.Operation, Sequence[mtf.Tensor | None]], Sequence[mtf.Tensor | None]]
+
+
+def slice_start(mesh_impl: mtf.MeshImpl, dim: mtf.Dimension) -> Any:
+    """Index along `dim` at which each slice begins: the plain integer 0 where `dim` is not split, else laid out."""
+    axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)
+    if axis is None:
+        return 0
+    rows = dim.size // mesh_impl.shape[axis].size
+    return mesh_impl.slicewise(lambda coordinate: coordinate * rows, mesh_impl.laid_out_pcoord(axis))
+
+
+def split_axes(mesh_impl: mtf.MeshImpl, dims: Sequence[mtf.Dimension]) -> list[int]:
+    """The mesh axes over which any of `dims` is split, ascending."""
+    axes = (mesh_impl.tensor_dimension_to_mesh_axis(dim) for dim in dims)
+    return sorted({axis for axis in axes if axis is not None})
+
+
+def allreduce(mesh_impl: mtf.MeshImpl, value: Any, dims: Sequence[mtf.Dimension], reduction: str = "SUM") -> Any:
+    """Complete a reduction over `dims` that each slice has done for its own part."""
+    axes = split_axes(mesh_impl, dims)
+    return mesh_impl.allreduce(value, axes, reduction) if axes else value
+
+
+class SlicewiseOperation(mtf.Operation):
+    """`fn(*input slices, *slice starts)` on every slice, summed over the mesh axes that split `reduced_dims`.
+
+    Args:
+      fn: tf.Tensors -> tf.Tensor, or a tuple of them where there are several outputs.
+      inputs: mtf.Tensors.
+      outputs: (shape, dtype) of each output.
+      reduced_dims: dimensions that `fn` sums over within its slice.
+      starts_of: dimensions whose slice start (int32 scalar) `fn` wants after the input slices.
+      gradient: makes the input gradients; None for an operation through which none flows.
+      tpu_fn: stands in for `fn` on a TPU mesh.
+    """
+
+    def __init__(
+        self,
+        fn: Callable,
+        inputs: Sequence[mtf.Tensor],
+        outputs: Sequence[tuple[mtf.Shape, tf.DType]],
+        *,
+        reduced_dims: Sequence[mtf.Dimension] = (),
+        starts_of: Sequence[mtf.Dimension] = (),
+        gradient: GradientFn | None = None,
+        tpu_fn: Callable | None = None,
+        name: str,
+    ):
+        super().__init__(list(inputs), name=name)
+        self._fn = fn
+        self._tpu_fn = tpu_fn or fn
+        self._reduced_dims = tuple(reduced_dims)
+        self._starts_of = tuple(starts_of)
+        self._gradient = gradient
+        self._outputs = [
+            mtf.Tensor(self, mtf.convert_to_shape(shape), dtype, index=i) for i, (shape, dtype) in enumerate(outputs)
+        ]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self) -> bool:
+        return self._gradient is not None and bool(super().has_gradient)
+
+    def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> Sequence[mtf.Tensor | None]:
+        assert self._gradient is not None
+        return self._gradient(self, grad_ys)
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        fn = self._tpu_fn if isinstance(mesh_impl, SimdMeshImpl) else self._fn
+        starts = [slice_start(mesh_impl, dim) for dim in self._starts_of]
+        values = mesh_impl.slicewise(fn, *[lowering.tensors[x] for x in self.inputs], *starts)
+        axes = split_axes(mesh_impl, self._reduced_dims)
+        for output, value in zip(self.outputs, values if len(self.outputs) > 1 else (values,)):
+            if axes:
+                value = lazy_allreduce_sum(lowering, output, value, axes)
+            lowering.set_tensor_lowering(output, value)
+
+
+def lazy_allreduce_sum(lowering: mtf.Lowering, output: mtf.Tensor, value: Any, axes: list[int]) -> Any:
+    """Sum `value` over mesh `axes` when it is first used, so that sums of partial sums travel once; counted."""
+    counter = f"allreduce/{axes}/{type(output.operation).__name__}"
+    return mtf.LazyAllreduceSum(
+        lowering.mesh_impl(output),
+        value,
+        axes,
+        add_counter_fn=lambda: lowering.add_counter(counter, lowering.laid_out_size(output)),
+    )
+
+
+def rows_inside(ids: tf.Tensor, start: tf.Tensor | int, rows: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Ids counted from a slice's first row, and which of them lie in its `rows` rows. Both have the shape of `ids`."""
+    local = ids - start
+    return local, tf.logical_and(local >= 0, local < rows)
+
+
+def gather_rows(table: tf.Tensor, ids: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
+    """Rows of a slice [rows, width] for global `ids` [...]: [..., width], zeros for ids of other slices."""
+    local, inside = rows_inside(ids, start, table.shape[0])
+    rows = tf.gather(table, tf.where_v2(inside, local, tf.zeros_like(local)))
+    return tf.where_v2(inside[..., tf.newaxis], rows, tf.zeros_like(rows))
+
+
+def scatter_rows(values: tf.Tensor, ids: tf.Tensor, start: tf.Tensor | int, rows: int) -> tf.Tensor:
+    """Sum `values` [..., width] into a slice [rows, width] by global `ids` [...]; other slices' ids are left out."""
+    local, inside = rows_inside(ids, start, rows)
+    return tf.math.unsorted_segment_sum(values, tf.where_v2(inside, local, -tf.ones_like(local)), rows)
+
+
+def embedding_lookup(table: mtf.Tensor, ids: mtf.Tensor, name: str = "embedding_lookup") -> mtf.Tensor:
+    """Rows of `table` [vocab, embd] for `ids` [...]: [..., embd].
+
+    An id outside [0, vocab) gives zeros: a padding id that lies past the vocabulary has no embedding. Either dimension
+    of the table may be split over the mesh.
+    """
+    vocab, embd = table.shape.dims
+
+    def one_hot_rows(table_slice: tf.Tensor, ids_slice: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
+        one_hot = tf.one_hot(ids_slice - start, table_slice.shape[0], dtype=table_slice.dtype)
+        return tf.tensordot(one_hot, table_slice, axes=1)
+
+    return SlicewiseOperation(
+        gather_rows,
+        [table, ids],
+        [(ids.shape + embd, table.dtype)],
+        reduced_dims=[vocab],
+        starts_of=[vocab],
+        gradient=_embedding_gradient,
+        tpu_fn=one_hot_rows,
+        name=name,
+    ).outputs[0]
+
+
+def _embedding_gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
+    table, ids = op.inputs
+    vocab = table.shape.dims[0]
+
+    def segment_sum(dy: tf.Tensor, ids_slice: tf.Tensor, table_slice: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
+        return scatter_rows(dy, ids_slice, start, table_slice.shape[0])
+
+    def one_hot_sum(dy: tf.Tensor, ids_slice: tf.Tensor, table_slice: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
+        one_hot = tf.one_hot(ids_slice - start, table_slice.shape[0], dtype=dy.dtype)
+        axes = list(range(ids_slice.shape.ndims))
+        return tf.tensordot(one_hot, dy, axes=[axes, axes])
+
+    gradient = SlicewiseOperation(
+        segment_sum,
+        [grad_ys[0], ids, table],  # the table only tells the slice's number of rows
+        [(table.shape, table.dtype)],
+        reduced_dims=ids.shape.dims,
+        starts_of=[vocab],
+        tpu_fn=one_hot_sum,
+        name="embedding_gradient",
+    ).outputs[0]
+    return [gradient, None]
+
+
+def cache_update(cache: mtf.Tensor, value: mtf.Tensor, position: mtf.Tensor, name: str = "cache_update") -> mtf.Tensor:
+    """`cache` [memory_length, ...] with `value` [...] written at `position` []. No gradient flows."""
+    memory_length = cache.shape.dims[0]
+
+    def write(
+        cache_slice: tf.Tensor, value_slice: tf.Tensor, position_: tf.Tensor, start: tf.Tensor | int
+    ) -> tf.Tensor:
+        local, inside = rows_inside(position_, start, cache_slice.shape[0])
+        row = tf.where_v2(inside, local, tf.zeros_like(local))
+        kept = tf.where_v2(inside, value_slice, tf.gather(cache_slice, row))
+        return tf.tensor_scatter_nd_update(cache_slice, [[row]], kept[tf.newaxis])
+
+    return SlicewiseOperation(
+        write, [cache, value, position], [(cache.shape, cache.dtype)], starts_of=[memory_length], name=name
+    ).outputs[0]
+
+
+def elementwise(fn: Callable[[tf.Tensor], tf.Tensor], x: mtf.Tensor, name: str) -> mtf.Tensor:
+    """`fn`, which works on each element alone, over `x`; same shape and dtype.
+
+    The gradient runs `fn` again rather than keep what it made on the way. (Mesh-TensorFlow's own `cwise` cannot take
+    the gradient of a value that is still to be summed over a mesh axis.)
+    """
+
+    def gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
+        def backward(x_slice: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+            return tf.gradients([fn(x_slice)], [x_slice], [dy])[0]
+
+        inputs = [op.inputs[0], grad_ys[0]]
+        return SlicewiseOperation(backward, inputs, [(x.shape, x.dtype)], name=f"{name}_gradient").outputs
+
+    return SlicewiseOperation(fn, [x], [(x.shape, x.dtype)], gradient=gradient, name=name).outputs[0]

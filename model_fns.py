@@ -1,0 +1,264 @@
+"""Estimator specifications: one function each for training, evaluation and prediction."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow.compat.v1 as tf
+
+import optimizers
+from config import ModelConfig
+from mesh import mtf
+from mesh.devices import LocalDevices, local_mesh, tpu_mesh
+from mesh.layout import MeshLayout
+from mesh.randomness import fold_in, make_key
+from models import gpt
+from models.context import Context
+from models.dims import Dims, make_dims
+from sample import Sampling, decode
+from training.checkpoints import checkpoint_hook, verify_checkpoint
+from training.hooks import ProgressHook, StopOnSignal
+
+logger = logging.getLogger(__name__)
+
+Features = Mapping[str, tf.Tensor]
+ModelFn = Callable[[Features, Any, str, dict[str, Any]], tf.estimator.tpu.TPUEstimatorSpec]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model function needs besides its input.
+
+    Attributes:
+      config: the model.
+      layout: the mesh and how the model lies on it.
+      devices: local devices in mesh order, or None on a TPU.
+      steps_per_checkpoint: steps between checkpoints.
+      eos_id: the token that ends a text.
+      sampling: how prediction draws.
+      stop: asked after every training step whether to stop.
+    """
+
+    config: ModelConfig
+    layout: MeshLayout
+    devices: LocalDevices | None
+    steps_per_checkpoint: int
+    eos_id: int
+    sampling: Sampling
+    stop: StopOnSignal
+
+
+def make_model_fn(run: Run) -> ModelFn:
+    """The `model_fn(features, labels, mode, params)` of a TPUEstimator."""
+    specs = {
+        tf.estimator.ModeKeys.TRAIN: train_spec,
+        tf.estimator.ModeKeys.EVAL: evaluate_spec,
+        tf.estimator.ModeKeys.PREDICT: predict_spec,
+    }
+
+    def model_fn(features: Features, labels: Any, mode: str, params: dict[str, Any]) -> Any:
+        del labels  # also among the features
+        return specs[mode](run, features, params)
+
+    return model_fn
+
+
+class _Graph:
+    """One mtf graph on its mesh, from imported features to exported tensors."""
+
+    def __init__(self, run: Run, params: Mapping[str, Any], batch_size: int, length: int | None = None):
+        self.run = run
+        self.graph = mtf.Graph()
+        if run.devices is None:
+            self.mesh, self.mesh_impl = tpu_mesh(self.graph, run.layout, params["context"])
+        else:
+            self.mesh, self.mesh_impl = local_mesh(self.graph, run.layout, run.devices)
+        self.dims: Dims = make_dims(run.config, batch_size, length)
+
+    def import_batch(self, features: Features) -> dict[str, mtf.Tensor]:
+        """[batch] and [batch, sequence] features as mtf tensors."""
+        dims = [self.dims.batch, self.dims.sequence]
+        return {
+            name: mtf.import_tf_tensor(self.mesh, value, mtf.Shape(dims[: value.shape.ndims]), name=name)
+            for name, value in features.items()
+        }
+
+    def context(self, dims: Dims | None = None, **changes: Any) -> Context:
+        return Context(self.run.config, self.mesh, dims or self.dims, mtf.VariableDType(tf.float32), **changes)
+
+    def lower(self) -> mtf.Lowering:
+        # operations of our own look variables up in the lowering, which stacking them would replace
+        return mtf.Lowering(self.graph, {self.mesh: self.mesh_impl}, autostack=False)
+
+
+def num_microbatches(config: ModelConfig, layout: MeshLayout) -> int:
+    """Into how many microbatches a training batch is cut: the fewest, dividing the batch of one replica, whose tokens
+    do not exceed `tokens_per_mb_per_replica` (but at least one sequence each)."""
+    if config.tokens_per_mb_per_replica is None:
+        return 1
+    per_replica = config.train_batch_size // layout.ways("batch")
+    at_most = max(1, config.tokens_per_mb_per_replica // config.n_ctx)
+    size = max(size for size in range(1, per_replica + 1) if per_replica % size == 0 and size <= at_most)
+    return per_replica // size
+
+
+def _gradients(
+    graph: _Graph, features: dict[str, mtf.Tensor], key: mtf.Tensor
+) -> tuple[list[mtf.Tensor], dict[str, mtf.Tensor]]:
+    """Gradients of the mean objective for every trainable variable, and the mean losses, over all microbatches."""
+    count = num_microbatches(graph.run.config, graph.run.layout)
+
+    def mean_losses(batch: dict[str, mtf.Tensor], dims: Dims, key: mtf.Tensor) -> dict[str, mtf.Tensor]:
+        per_token = gpt.losses(graph.context(dims, dropout_key=key), batch["inputs"], batch["labels"])
+        return {
+            "loss": mtf.reduce_mean(per_token.objective) / count,
+            "cross_entropy": mtf.reduce_mean(per_token.cross_entropy) / count,
+        }
+
+    if count == 1:
+        losses = mean_losses(features, graph.dims, key)
+        return mtf.gradients([losses["loss"]], [v.outputs[0] for v in graph.graph.trainable_variables]), losses
+
+    dims = make_dims(graph.run.config, graph.dims.batch.size // count)
+    # serialize_training_step deals row b to microbatch b % count, so each microbatch can read its number off its rows
+    rows = mtf.mod(mtf.range(graph.mesh, graph.dims.batch, tf.int32), count)
+
+    def microbatch(batch: dict[str, mtf.Tensor]) -> dict[str, mtf.Tensor]:
+        return mean_losses(batch, dims, fold_in(key, mtf.reduce_max(batch["microbatch"])))
+
+    return mtf.serialize_training_step(features | {"microbatch": rows}, microbatch, graph.dims.batch, count)
+
+
+def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
+    """One training step: losses, gradients, clipping, update. Logs what is about to be trained."""
+    config = run.config
+    global_step = tf.train.get_or_create_global_step()
+    graph = _Graph(run, params, params["batch_size"])
+    batch = graph.import_batch({name: features[name] for name in ("inputs", "labels")})
+    gradients, losses = _gradients(graph, batch, make_key(graph.mesh, config.seed, global_step))
+    tf_rate = optimizers.learning_rate(config, global_step)
+    rate = mtf.import_fully_replicated(graph.mesh, tf_rate, mtf.Shape([]), name="learning_rate")
+    updates, norm = optimizers.apply_gradients(config, gradients, rate)
+    lowering = graph.lower()
+
+    metrics = {name: lowering.export_to_tf_tensor(value) for name, value in losses.items()}
+    metrics |= {"lr": tf_rate, "grad_norm": lowering.export_to_tf_tensor(norm)}
+    update_ops = [lowering.lowered_operation(operation) for operation in updates]
+    with tf.control_dependencies(update_ops):
+        train_op = tf.assign_add(global_step, 1)
+    parameters = sum(variable.size for variable in graph.graph.trainable_variables)
+    _log_start(run, parameters)
+    verify_checkpoint(config.model_path, tf.global_variables())
+
+    restore = mtf.MtfRestoreHook(lowering)
+    save = checkpoint_hook(config.model_path, run.steps_per_checkpoint, mtf.MtfCheckpointSaverListener(lowering))
+    host_call = None
+    hooks: list[Any] = [run.stop, tf.train.NanTensorHook(metrics["loss"])]
+    if run.devices is None:
+        for name, value in metrics.items():
+            tf.add_to_collection(mtf.utils.SCALAR_SUMMARIES_COLLECTION_KEY, (name, value))
+        host_call = mtf.utils.create_host_call(config.model_path)
+        hooks = [run.stop]
+    else:
+        hooks.append(ProgressHook(config, metrics))
+    return tf.estimator.tpu.TPUEstimatorSpec(
+        tf.estimator.ModeKeys.TRAIN,
+        loss=metrics["loss"],
+        train_op=train_op,
+        host_call=host_call,
+        training_hooks=[restore, save, *hooks],
+    )
+
+
+def _log_start(run: Run, parameters: int) -> None:
+    config, layout = run.config, run.layout
+    where = ", ".join(run.devices.names) if run.devices else f"{layout.size} TPU cores"
+    logger.info("model %s: %s parameters", config.name, f"{parameters:,}")
+    logger.info("devices: %s; mesh %s, layout %s", where, layout.mesh_shape, layout.layout or "(nothing split)")
+    count = num_microbatches(config, layout)
+    cut = f", in {count} microbatches" if count > 1 else ""
+    logger.info(
+        "batch: %d sequences of %d = %s tokens%s",
+        config.train_batch_size,
+        config.n_ctx,
+        f"{config.tokens_per_batch:,}",
+        cut,
+    )
+
+
+def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
+    """Token-weighted means over every batch: metrics `cross_entropy`, `objective`, and the sums `tokens` and `bytes`."""
+    tf.train.get_or_create_global_step()
+    graph = _Graph(run, params, params["batch_size"])
+    batch = graph.import_batch({name: features[name] for name in ("inputs", "labels", "weights")})
+    losses = gpt.losses(graph.context(), batch["inputs"], batch["labels"])
+    sums = {
+        "cross_entropy": mtf.reduce_sum(losses.cross_entropy * batch["weights"]),
+        "objective": mtf.reduce_sum(losses.objective * batch["weights"]),
+    }
+    lowering = graph.lower()
+    # sums of one batch, each as a vector of one entry, which is what a TPU passes to its host
+    tensors = {name: tf.reshape(lowering.export_to_tf_tensor(value), [1]) for name, value in sums.items()}
+    scored = features["weights"] * tf.cast(features["label_bytes"], tf.float32)
+    tensors |= {"tokens": tf.reshape(tf.reduce_sum(features["weights"]), [1])}
+    tensors |= {"bytes": tf.reshape(tf.reduce_sum(scored), [1])}
+    verify_checkpoint(run.config.model_path, tf.global_variables())
+
+    def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
+        """Sums over all batches in float64, where float32 would lose tokens past 2^24."""
+        return {name: _running_sum(name, tf.reduce_sum(value)) for name, value in totals.items()}
+
+    return tf.estimator.tpu.TPUEstimatorSpec(
+        tf.estimator.ModeKeys.EVAL,
+        loss=tensors["objective"][0] / tensors["tokens"][0],
+        eval_metrics=(metric_fn, tensors),
+        evaluation_hooks=[mtf.MtfRestoreHook(lowering)],
+    )
+
+
+def _running_sum(name: str, value: tf.Tensor) -> tuple[tf.Tensor, tf.Operation]:
+    """A metric (value, update) that adds up `value` over the batches."""
+    with tf.device("/cpu:0"):
+        total = tf.get_variable(
+            f"sum_of_{name}",
+            [],
+            tf.float64,
+            tf.zeros_initializer(),
+            trainable=False,
+            collections=[tf.GraphKeys.LOCAL_VARIABLES, tf.GraphKeys.METRIC_VARIABLES],
+        )
+        return total, tf.assign_add(total, tf.cast(value, tf.float64))
+
+
+def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
+    """Continue the prompts `inputs` [batch, length], of which `prompt_length` [batch] tokens are given.
+
+    Predictions: `tokens` [batch, length] int32, `length` [batch] of prompt and continuation.
+    """
+    tf.train.get_or_create_global_step()
+    batch_size, length = features["inputs"].shape.as_list()
+    graph = _Graph(run, params, batch_size, length)
+    batch = graph.import_batch({"inputs": features["inputs"], "prompt_length": features["prompt_length"]})
+
+    whole = graph.context(keep_states=True)
+    gpt.hidden_states(whole, batch["inputs"])
+    names = list(whole.states)
+
+    def step(token: mtf.Tensor, position: mtf.Tensor, states: list[mtf.Tensor]) -> tuple[mtf.Tensor, list[mtf.Tensor]]:
+        one = graph.context(position=position, states=dict(zip(names, states)))
+        return gpt.logits(one, token), [one.states[name] for name in names]
+
+    key = make_key(graph.mesh, run.sampling.seed, features["batch_number"])
+    states = [whole.states[name] for name in names]
+    tokens, lengths = decode(batch["inputs"], batch["prompt_length"], states, step, key, run.sampling, run.eos_id)
+    # anonymous dimensions, which no layout splits, so that every row leaves whole
+    outputs = {"tokens": mtf.anonymize(tokens), "length": mtf.anonymize(lengths)}
+    lowering = graph.lower()
+    predictions = {name: lowering.export_to_tf_tensor(value) for name, value in outputs.items()}
+    verify_checkpoint(run.config.model_path, tf.global_variables())
+    return tf.estimator.tpu.TPUEstimatorSpec(
+        tf.estimator.ModeKeys.PREDICT,
+        predictions=predictions,
+        prediction_hooks=[mtf.MtfRestoreHook(lowering)],
+    )

@@ -1,0 +1,53 @@
+"""What one pass of the model carries from layer to layer besides the activations."""
+
+from dataclasses import dataclass, field
+
+import tensorflow.compat.v1 as tf
+
+from config import ModelConfig
+from mesh import mtf
+from mesh.randomness import StatelessNormal, dropout
+from models.dims import Dims
+
+
+@dataclass
+class Context:
+    """One pass over one input.
+
+    A whole-sequence pass has `position` None and activations [batch, sequence, ...]. A decoding step sees one token of
+    each row: `position` is its index (int32 scalar), activations are [batch, ...], and what attention remembers of the
+    earlier positions is read from `states` and written back. A whole-sequence pass with `keep_states` fills them.
+    """
+
+    config: ModelConfig
+    mesh: mtf.Mesh
+    dims: Dims
+    variable_dtype: mtf.VariableDType
+    dropout_key: mtf.Tensor | None = None  # None outside training: nothing is dropped
+    position: mtf.Tensor | None = None
+    keep_states: bool = False
+    states: dict[str, mtf.Tensor] = field(default_factory=dict)
+
+    @property
+    def activation_dims(self) -> list[mtf.Dimension]:
+        """The leading dimensions of every activation: [batch, sequence], or [batch] in a decoding step."""
+        return [self.dims.batch] if self.position is not None else [self.dims.batch, self.dims.sequence]
+
+    def normal(self, name: str, shape: list[mtf.Dimension], stddev: float) -> mtf.Tensor:
+        """The variable `name` in the current scope, drawn from normal(0, stddev) at the start of a run."""
+        scope = tf.get_variable_scope().name
+        initializer = StatelessNormal(stddev, self.config.seed, f"{scope}/{name}")
+        return self._variable(name, shape, initializer)
+
+    def constant(self, name: str, shape: list[mtf.Dimension], value: float) -> mtf.Tensor:
+        """The variable `name` in the current scope, starting at `value` everywhere."""
+        return self._variable(name, shape, tf.constant_initializer(value))
+
+    def _variable(self, name: str, shape: list[mtf.Dimension], initializer: object) -> mtf.Tensor:
+        return mtf.get_variable(self.mesh, name, mtf.Shape(shape), dtype=self.variable_dtype, initializer=initializer)
+
+    def dropout(self, x: mtf.Tensor, rate: float, name: str) -> mtf.Tensor:
+        """Thin `x` while training; the draw is named after the current scope and `name`."""
+        if self.dropout_key is None:
+            return x
+        return dropout(x, self.dropout_key, rate, f"{tf.get_variable_scope().name}/{name}")
