@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import tensorflow.compat.v1 as tf
 
@@ -26,7 +27,7 @@ from training.hooks import StopOnSignal
 
 logger = logging.getLogger(__name__)
 
-Resolver = tf.distribute.cluster_resolver.TPUClusterResolver
+Resolver: TypeAlias = tf.distribute.cluster_resolver.TPUClusterResolver
 
 
 def check_dataset(config: ModelConfig) -> int:
@@ -116,7 +117,7 @@ def _num_tpu_cores(name: str, resolver: Resolver) -> int:
 
 
 def train(args: argparse.Namespace, config: ModelConfig) -> int:
-    """Train to train_steps from the last checkpoint, evaluating and predicting at every checkpoint if the config asks."""
+    """Train to train_steps from the last checkpoint; evaluate and predict at every checkpoint if the config asks."""
     if args.new:
         _delete_model(config.model_path, args.yes)
     _make_model_dir(config)
@@ -203,8 +204,8 @@ def explained(config: ModelConfig) -> Iterator[None]:
         yield
     except tf.train.NanLossDuringTrainingError as error:
         raise UserError(
-            f"the loss is no longer a number; lr {config.lr} may be too high or warmup_steps {config.warmup_steps} too few; "
-            f"the last checkpoint in {config.model_path} is whole, so lower lr and run again"
+            f"the loss is no longer a number; lr {config.lr} may be too high or warmup_steps {config.warmup_steps} "
+            f"too few; the last checkpoint in {config.model_path} is whole, so lower lr and run again"
         ) from error
     except tf.errors.ResourceExhaustedError as error:
         raise UserError(
@@ -237,7 +238,7 @@ def _make_model_dir(config: ModelConfig) -> None:
         tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
     except tf.errors.OpError as error:
         raise UserError(
-            f"model_path {config.model_path!r} cannot be written ({error.message}); choose a folder that you may write to"
+            f"model_path {config.model_path!r} cannot be written ({error.message}); choose a folder you may write to"
         ) from error
 
 

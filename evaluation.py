@@ -17,7 +17,7 @@ TASK = "validation"
 
 
 def token_byte_lengths(config: ModelConfig) -> np.ndarray | None:
-    """Bytes of text behind each token id, int32 [at least n_vocab], or None where the datasets' tokenizer cannot tell."""
+    """Bytes of text behind each token id, int32 [at least n_vocab]; None where the datasets' tokenizer cannot tell."""
     tables = []
     for source in config.datasets:
         if source.dataset.tokenizer_path is None:

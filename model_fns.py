@@ -188,7 +188,7 @@ def _log_start(run: Run, parameters: int) -> None:
 
 
 def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
-    """Token-weighted means over every batch: metrics `cross_entropy`, `objective`, and the sums `tokens` and `bytes`."""
+    """Token-weighted means `cross_entropy` and `objective` over all batches, and the sums `tokens` and `bytes`."""
     tf.train.get_or_create_global_step()
     graph = _Graph(run, params, params["batch_size"])
     batch = graph.import_batch({name: features[name] for name in ("inputs", "labels", "weights")})
@@ -199,15 +199,16 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
     }
     lowering = graph.lower()
     # sums of one batch, each as a vector of one entry, which is what a TPU passes to its host
-    tensors = {name: tf.reshape(lowering.export_to_tf_tensor(value), [1]) for name, value in sums.items()}
-    scored = features["weights"] * tf.cast(features["label_bytes"], tf.float32)
-    tensors |= {"tokens": tf.reshape(tf.reduce_sum(features["weights"]), [1])}
-    tensors |= {"bytes": tf.reshape(tf.reduce_sum(scored), [1])}
+    totals = {name: lowering.export_to_tf_tensor(value) for name, value in sums.items()}
+    totals["tokens"] = tf.reduce_sum(features["weights"])
+    totals["bytes"] = tf.reduce_sum(features["weights"] * tf.cast(features["label_bytes"], tf.float32))
+    tensors = {name: tf.reshape(total, [1]) for name, total in totals.items()}
     verify_checkpoint(run.config.model_path, tf.global_variables())
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
-        """Sums over all batches in float64, where float32 would lose tokens past 2^24."""
-        return {name: _running_sum(name, tf.reduce_sum(value)) for name, value in totals.items()}
+        sums = {name: _running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
+        tokens, _ = sums["tokens"]
+        return sums | {name: (sums[name][0] / tokens, sums[name][1]) for name in ("cross_entropy", "objective")}
 
     return tf.estimator.tpu.TPUEstimatorSpec(
         tf.estimator.ModeKeys.EVAL,
@@ -218,7 +219,7 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
 
 
 def _running_sum(name: str, value: tf.Tensor) -> tuple[tf.Tensor, tf.Operation]:
-    """A metric (value, update) that adds up `value` over the batches."""
+    """A metric (value, update) that adds up `value` over the batches, in float64: float32 loses tokens past 2^24."""
     with tf.device("/cpu:0"):
         total = tf.get_variable(
             f"sum_of_{name}",
@@ -246,7 +247,7 @@ def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.est
     names = list(whole.states)
 
     def step(token: mtf.Tensor, position: mtf.Tensor, states: list[mtf.Tensor]) -> tuple[mtf.Tensor, list[mtf.Tensor]]:
-        one = graph.context(position=position, states=dict(zip(names, states)))
+        one = graph.context(position=position, states=dict(zip(names, states, strict=True)))
         return gpt.logits(one, token), [one.states[name] for name in names]
 
     key = make_key(graph.mesh, run.sampling.seed, features["batch_number"])

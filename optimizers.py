@@ -90,7 +90,7 @@ def make_optimizer(config: ModelConfig) -> AdamW:
 def apply_gradients(
     config: ModelConfig, gradients: Sequence[mtf.Tensor], rate: mtf.Tensor
 ) -> tuple[list[mtf.Operation], mtf.Tensor]:
-    """Clip `gradients`, one for each trainable variable of their graph in order, and apply them at learning rate `rate`.
+    """Clip `gradients`, one for each trainable variable of their graph in order, and apply them at learning `rate`.
 
     Returns the assignments and the gradients' global norm before clipping.
     """
@@ -98,5 +98,7 @@ def apply_gradients(
     norm = global_norm(gradients)
     optimizer = make_optimizer(config)
     clipped = clip(gradients, norm, config.gradient_clipping)
-    updates = [optimizer.update(variable, gradient, rate) for variable, gradient in zip(variables, clipped)]
+    updates = [
+        optimizer.update(variable, gradient, rate) for variable, gradient in zip(variables, clipped, strict=True)
+    ]
     return [operation for update in updates for operation in update], norm

@@ -90,7 +90,7 @@ def write(
 ) -> None:
     """Write each prompt with its continuation to `stream` as it comes and, once all are there, to the file `path`."""
     blocks = []
-    for number, (prompt, ids, row) in enumerate(zip(prompts, encoded, rows)):
+    for number, (prompt, ids, row) in enumerate(zip(prompts, encoded, rows, strict=False)):
         new_ids = row["tokens"][len(ids) : int(row["length"])].tolist()
         block = _block(number, prompt, encoder.decode(new_ids), len(new_ids), as_json)
         print(block, file=stream, flush=True)

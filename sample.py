@@ -108,7 +108,9 @@ def decode(
     start = mtf.reduce_min(prompt_lengths) - 1
     open_rows = mtf.cast(mtf.less(prompt_lengths, limits), tf.int32)
 
-    def unfinished(position: mtf.Tensor, tokens: mtf.Tensor, lengths: mtf.Tensor, open_: mtf.Tensor, *_) -> mtf.Tensor:
+    def unfinished(
+        position: mtf.Tensor, tokens: mtf.Tensor, lengths: mtf.Tensor, open_: mtf.Tensor, *_: mtf.Tensor
+    ) -> mtf.Tensor:
         room = mtf.less(position, sequence.size - 1)
         return mtf.logical_and(room, mtf.greater(mtf.reduce_max(open_), 0))
 

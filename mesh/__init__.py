@@ -10,6 +10,6 @@ from tensorflow.python.framework import tensor_conversion_registry as _registry
 if not hasattr(_ops, "register_tensor_conversion_function"):
     _ops.register_tensor_conversion_function = _registry.register_tensor_conversion_function
 
-import mesh_tensorflow as mtf  # noqa: E402  (after the shim)
+import mesh_tensorflow as mtf
 
 __all__ = ["mtf"]

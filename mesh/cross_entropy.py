@@ -4,8 +4,8 @@ Logits [tokens, vocab] are by far the largest tensor of a small model. Here they
 into the loss and into `softmax - one_hot` in one pass, and both gradients are matrix products with that residual. No
 one-hot matrix and no second [tokens, vocab] tensor is made.
 
-With logits a = h w^T, log_z = logsumexp(a), p = softmax(a), y the label and upstream gradients dc (of the cross entropy)
-and dz (of log_z):  da = dc (p - one_hot(y)) + dz p = (dc + dz) (p - one_hot(y)) + dz one_hot(y).
+With logits a = h w^T, log_z = logsumexp(a), p = softmax(a), y the label and upstream gradients dc (of the cross
+entropy) and dz (of log_z):  da = dc (p - one_hot(y)) + dz p = (dc + dz) (p - one_hot(y)) + dz one_hot(y).
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class _HeadCrossEntropy(mtf.Operation):
         logits = allreduce(mesh_impl, mesh_impl.slicewise(product, hidden, table), [self.embd])
         split = bool(split_axes(mesh_impl, [self.vocab]))
         losses = self._split_vocab if split else self._whole_vocab
-        for output, value in zip(self.outputs, losses(mesh_impl, logits, labels)):
+        for output, value in zip(self.outputs, losses(mesh_impl, logits, labels), strict=True):
             shape = mesh_impl.slice_shape(output.shape)
             dtype = output.dtype
             value = mesh_impl.slicewise(lambda x, shape=shape, dtype=dtype: tf.cast(tf.reshape(x, shape), dtype), value)
@@ -154,7 +154,7 @@ class _HeadCrossEntropyGradient(mtf.Operation):
         start = slice_start(mesh_impl, self.vocab)
         d_hidden, d_table = mesh_impl.slicewise(gradients, *[lowering.tensors[x] for x in self.inputs], start)
         tokens = self.inputs[2].shape.dims
-        for output, value, summed in zip(self.outputs, (d_hidden, d_table), ([self.vocab], tokens)):
+        for output, value, summed in zip(self.outputs, (d_hidden, d_table), ([self.vocab], tokens), strict=True):
             axes = split_axes(mesh_impl, summed)
             if axes:
                 value = lazy_allreduce_sum(lowering, output, value, axes)

@@ -32,7 +32,7 @@ class LocalDevices:
         return self.names[0].split(":")[1]
 
     def session_config(self) -> tf.ConfigProto:
-        """Soft placement is off: an operation that cannot run where the mesh puts it is an error, never a silent move."""
+        """Without soft placement: what cannot run where the mesh puts it is an error, never a silent move."""
         num_cpus = 1 + max((int(name.rsplit(":", 1)[1]) for name in self.names if ":CPU:" in name), default=0)
         config = tf.ConfigProto(allow_soft_placement=False, device_count={"CPU": num_cpus})
         config.gpu_options.allow_growth = True
@@ -81,8 +81,9 @@ def tpu_resolver(name: str) -> tf.distribute.cluster_resolver.TPUClusterResolver
     except UserError:
         raise
     except Exception as error:  # the resolver raises whatever its HTTP and metadata clients raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"--tpu {name!r} cannot be found ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            f"--tpu {name!r} cannot be found ({reason}); "
             "give the name of a TPU node of this project and zone, or its grpc:// address"
         ) from error
 
@@ -102,9 +103,9 @@ class _OneDevice:
 
 
 def tpu_mesh(graph: mtf.Graph, layout: MeshLayout, context: Any) -> tuple[mtf.Mesh, mtf.MeshImpl]:
-    """A mesh on the cores of a TPU; `context` is TPUEstimator's TPUContext. Variables spread over the hosts' memory."""
+    """A mesh on the cores of a TPU, whose `context` TPUEstimator gives; variables spread over the hosts' memory."""
     hosts = [context.tpu_host_placement_function(host_id=i) for i in range(context.num_hosts)]
-    # The first host also holds 300 MB of input buffers for each of its eight cores, so it starts fuller than the others.
+    # The first host also holds 300 MB of input buffers for each core of its own and of the other hosts' eight.
     memory_in_use = [300_000_000 * 8 * context.num_hosts] + [0] * (context.num_hosts - 1)
     mesh = mtf.Mesh(graph, "mesh", mtf.utils.BalancedVariablePlacer(hosts, memory_in_use))
     impl = SimdMeshImpl(

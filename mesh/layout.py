@@ -83,7 +83,7 @@ def _pairs(key: str, text: str, example: str) -> list[tuple[str, str]]:
 
 
 def check_devices(mesh: MeshLayout, num_devices: int, what: str) -> None:
-    """Raise UserError unless the mesh has one processor for each of the `num_devices` (called `what` in the message)."""
+    """Raise UserError unless the mesh has `num_devices` processors; the message calls the devices `what`."""
     if mesh.size == num_devices:
         return
     shape = mesh.mesh_shape or "(empty)"

@@ -1,7 +1,7 @@
 """Operations of our own: a function on each slice, all-reduced where a split dimension was summed over.
 
-Mesh-TensorFlow's `gather` multiplies by a one-hot matrix over the whole vocabulary. The lookup and the cache update here
-touch only the rows they need. On a TPU, where a dense product is the fast form, the lookup keeps the one-hot product.
+Mesh-TensorFlow's `gather` multiplies by a one-hot matrix over the whole vocabulary. The lookup and the cache update
+here touch only the rows they need. On a TPU, where a dense product is the fast form, the lookup keeps that product.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,7 +87,7 @@ class SlicewiseOperation(mtf.Operation):
         starts = [slice_start(mesh_impl, dim) for dim in self._starts_of]
         values = mesh_impl.slicewise(fn, *[lowering.tensors[x] for x in self.inputs], *starts)
         axes = split_axes(mesh_impl, self._reduced_dims)
-        for output, value in zip(self.outputs, values if len(self.outputs) > 1 else (values,)):
+        for output, value in zip(self.outputs, values if len(self.outputs) > 1 else (values,), strict=True):
             if axes:
                 value = lazy_allreduce_sum(lowering, output, value, axes)
             lowering.set_tensor_lowering(output, value)

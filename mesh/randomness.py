@@ -1,8 +1,8 @@
 """Random numbers that depend on nothing but their key and their place in the tensor.
 
-Mesh-TensorFlow seeds from Python's `random` and salted string hashes, so a resumed run, another mesh or another process
-draws other numbers. Here every draw is keyed by (seed, step, microbatch, name of the place), and the number at an index of
-a tensor is the same however the tensor is split.
+Mesh-TensorFlow seeds from Python's `random` and salted string hashes, so a resumed run, another mesh or another
+process draws other numbers. Here every draw is keyed by (seed, step, microbatch, name of the place), and the number at
+an index of a tensor is the same however the tensor is split.
 """
 
 import zlib
@@ -130,7 +130,7 @@ class _Dropout(_KeyedUniform):
             kept = uniform_ >= rate
             return _thin(x, kept, rate), kept
 
-        for output, value in zip(self.outputs, self._draw(lowering, thin, self.inputs[0])):
+        for output, value in zip(self.outputs, self._draw(lowering, thin, self.inputs[0]), strict=True):
             lowering.set_tensor_lowering(output, value)
 
 
@@ -141,7 +141,7 @@ def _thin(x: tf.Tensor, kept: tf.Tensor, rate: float) -> tf.Tensor:
 def dropout(x: mtf.Tensor, key: mtf.Tensor, rate: float, name: str) -> mtf.Tensor:
     """Inverted dropout: each entry of `x` is 0 with probability `rate`, else divided by 1 - rate.
 
-    The entries are chosen by `key` and the `name` of the place alone, whatever the mesh. Recomputation draws them again.
+    The entries are chosen by `key` and the `name` of the place alone, whatever the mesh. Recomputation draws the same.
     """
     return x if rate == 0 else _Dropout(x, key, rate, name).outputs[0]
 

@@ -32,7 +32,7 @@ def hidden_states(ctx: Context, tokens: mtf.Tensor) -> tuple[mtf.Tensor, mtf.Ten
 
 
 def logits(ctx: Context, tokens: mtf.Tensor) -> mtf.Tensor:
-    """int32 tokens [batch, sequence] -> [batch, sequence, vocab] float32; [batch] -> [batch, vocab] in a decoding step."""
+    """int32 tokens [batch, sequence] -> float32 [batch, sequence, vocab]; without `sequence` in a decoding step."""
     hidden, head = hidden_states(ctx, tokens)
     return mtf.cast(mtf.einsum([hidden, head], mtf.Shape([*ctx.activation_dims, ctx.dims.vocab])), tf.float32)
 

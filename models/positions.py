@@ -8,7 +8,7 @@ POSITION_STDDEV = 0.01  # GPT-2
 
 
 def learned_positions(ctx: Context) -> mtf.Tensor:
-    """A learned vector for each position, variable wpe [n_ctx, embd]: [sequence, embd], or [embd] in a decoding step."""
+    """A learned vector for each position, from wpe [n_ctx, embd]: [sequence, embd], or [embd] in a decoding step."""
     dims = ctx.dims
     wpe = ctx.normal("wpe", [dims.embed_sequence, dims.embd], POSITION_STDDEV)
     if ctx.position is not None:

@@ -1,5 +1,6 @@
 """A tiny model and a session to run it in: what most tests of the model start from."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,6 @@ TINY = {
 
 def tiny_config(directory: Path, **changes: Any) -> ModelConfig:
     """The config TINY with `changes`, read from a file in `directory` as a user's would be."""
-    import json
-
     path = directory / "tiny.json"
     path.write_text(json.dumps(TINY | changes))
     return load_model_config(str(path))
@@ -72,5 +71,5 @@ class MtfSession:
                 return session.run(fetches)
 
 
-def random_tokens(*shape: int, seed: int = 0, vocab: int = TINY["n_vocab"]) -> np.ndarray:
+def random_tokens(*shape: int, seed: int = 0, vocab: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, shape, dtype=np.int32)
