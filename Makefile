@@ -40,7 +40,8 @@ quickstart: $(RUNTIME) | $(TFRECORDS)/train.done $(TFRECORDS)/heldout.done ## tr
 	$(VENV_PYTHON) main.py --model quickstart --check_dataset
 	$(VENV_PYTHON) main.py --model quickstart --steps_per_checkpoint 200
 	$(VENV_PYTHON) main.py --model quickstart --eval
-	$(VENV_PYTHON) main.py --model quickstart --predict --prompt configs/quickstart_prompts.txt
+	$(VENV_PYTHON) main.py --model quickstart --predict --prompt configs/quickstart_prompts.txt \
+		--temperature 0.7 --max_new_tokens 80
 	$(VENV_PYTHON) quickstart_summary.py
 
 test: env ## run every test (ARGS="..." goes to pytest)
