@@ -1,0 +1,123 @@
+"""Which record and which dataset comes when: pure functions of a position in the training stream.
+
+Nothing here keeps state, so a run resumed at step s reads what an uninterrupted run would have read from step s on.
+"""
+
+import hashlib
+import heapq
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from tfrecords import READ_BUFFER_BYTES
+
+# Records are shuffled within consecutive blocks of this many: a bounded memory, and a position can be sought.
+BLOCK_RECORDS = 4096
+# Shares that need a longer cycle than this are rounded to a part in it.
+_LONGEST_CYCLE = 100_000
+_FOREVER = tf.int64.max
+
+
+def interleave_schedule(weights: Sequence[float]) -> np.ndarray:
+    """The cycle in which datasets take turns: int32 [cycle], the index of the dataset that each sample comes from.
+
+    At every point of the endlessly repeated cycle a dataset has given its share of the samples, to within one sample.
+    Its m-th sample belongs in the slots floor(m / share) ... ceil((m + 1) / share) - 1, and serving the earliest
+    deadline first meets all of these. (Srinivasan and Anderson 2002, "Optimal rate-based scheduling", one processor.)
+    """
+    parts = _whole_parts(weights)
+    cycle = sum(parts)
+    waiting = [(0, index) for index in range(len(parts))]  # (first slot of the dataset's next sample, dataset)
+    ready: list[tuple[int, int]] = []  # (slot before which it must be served, dataset)
+    given = [0] * len(parts)
+    turns = np.empty(cycle, np.int32)
+    for slot in range(cycle):
+        while waiting and waiting[0][0] <= slot:
+            index = heapq.heappop(waiting)[1]
+            heapq.heappush(ready, (-(-(given[index] + 1) * cycle // parts[index]), index))
+        index = heapq.heappop(ready)[1]
+        turns[slot] = index
+        given[index] += 1
+        heapq.heappush(waiting, (given[index] * cycle // parts[index], index))
+    return turns
+
+
+def samples_before(schedule: np.ndarray, index: int, first: tf.Tensor) -> tf.Tensor:
+    """How many of the samples 0 ... first - 1 (int64 []) come from dataset `index`."""
+    cycle = len(schedule)
+    before = np.concatenate([[0], np.cumsum(schedule == index)]).astype(np.int64)
+    return first // cycle * before[-1] + tf.gather(before, first % cycle)
+
+
+def turns(schedule: np.ndarray, first: tf.Tensor) -> tf.data.Dataset:
+    """Infinite dataset of int64 []: the index of the dataset that sample `first`, first + 1, ... comes from."""
+    table = schedule.astype(np.int64)
+    return tf.data.Dataset.range(first, _FOREVER).map(lambda sample: tf.gather(table, sample % len(table)))
+
+
+def stream_key(seed: int, *names: object) -> int:
+    """A 64-bit key for one use of randomness, to be paired with an index: the key pairs of two uses never meet."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def draw_below(bound: tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:
+    """The index-th draw (int64 []) from 0 ... bound - 1, uniform, from no state but (key, index)."""
+    return tf.random.stateless_uniform([], [key, index], 0, bound, tf.int64, alg="philox")
+
+
+def ordered_records(
+    files: Sequence[str], counts: Sequence[int], seed: int, shuffle: bool, first_record: tf.Tensor
+) -> tf.data.Dataset:
+    """Infinite dataset of serialized records: those of the training order from position `first_record` (int64 []) on.
+
+    Every epoch reads each record once. With `shuffle` it permutes the files anew and then the records within blocks of
+    BLOCK_RECORDS; without, it keeps the files' order. Reaching a position opens one file, hops over the headers of
+    the records before it and reads at most one block too many. A file with fewer records than `counts` says is
+    filled up with empty strings, so that the reader of a record can refuse them.
+    """
+    total = sum(counts)
+    names, sizes = np.array(files), np.array(counts, np.int64)
+    file_key, record_key = stream_key(seed, "files"), stream_key(seed, "records")
+    blocks_per_epoch = math.ceil(total / BLOCK_RECORDS)
+    first_epoch, first_block = first_record // total, first_record % total // BLOCK_RECORDS
+
+    def epoch_blocks(epoch: tf.Tensor) -> tf.data.Dataset:
+        """(number of the block since the beginning of training, serialized [records]), ..."""
+        block = tf.where(tf.equal(epoch, first_epoch), first_block, tf.zeros_like(first_block))
+        order = _permutation(len(files), file_key, epoch) if shuffle else tf.range(len(files))
+        size = tf.gather(sizes, order)
+        passed = tf.clip_by_value(block * BLOCK_RECORDS - tf.cumsum(size, exclusive=True), 0, size)
+        paths = tf.data.Dataset.from_tensor_slices((tf.gather(names, order), passed, size - passed))
+        records = paths.filter(lambda path, skip, take: take > 0).flat_map(_read_file)
+        return records.batch(BLOCK_RECORDS).enumerate(epoch * blocks_per_epoch + block)
+
+    def permuted(block: tf.Tensor, records: tf.Tensor) -> tf.Tensor:
+        return tf.gather(records, _permutation(tf.size(records), record_key, block)) if shuffle else records
+
+    blocks = tf.data.Dataset.range(first_epoch, _FOREVER).flat_map(epoch_blocks).prefetch(1)
+    return blocks.map(permuted).unbatch().skip(first_record % total % BLOCK_RECORDS)
+
+
+def _read_file(path: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
+    missing = tf.data.Dataset.from_tensors("").repeat()
+    return tf.data.TFRecordDataset(path, buffer_size=READ_BUFFER_BYTES).skip(skip).concatenate(missing).take(take)
+
+
+def _permutation(size: int | tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:
+    """int32 [size]: the index-th permutation of 0 ... size - 1."""
+    return tf.argsort(tf.random.stateless_uniform([size], [key, index], None, None, tf.int64, alg="philox"))
+
+
+def _whole_parts(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the proportion of the weights, as small as can be: [0.5, 0.25] -> [2, 1]."""
+    exact = [Fraction(repr(float(weight))) for weight in weights]  # the decimal as written, not its binary neighbour
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    parts = [int(weight * scale) for weight in exact]
+    parts = [part // math.gcd(*parts) for part in parts]
+    if sum(parts) > _LONGEST_CYCLE:
+        parts = [max(1, round(Fraction(part, sum(parts)) * _LONGEST_CYCLE)) for part in parts]
+    return parts
