@@ -11,14 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from config_schema import (
-    DatasetConfig,
-    DatasetSource,
-    ModelConfig,
-    expand_attention_types,
-    listed,
-    nearest,
-)
+from config_fields import listed, nearest
+from config_schema import DatasetConfig, DatasetSource, ModelConfig
 from errors import UserError
 
 __all__ = [
@@ -44,12 +38,13 @@ ALIASES = {"n_heads": "n_head", "activation_fn": "activation_function", "axial_p
 
 _BUILT_ACTIVATIONS = ("gelu", "relu", "sigmoid", "tanh", "selu", "elu", "silu", "swish", "softplus")
 
-# (key, whether this valid value asks for what is not built, what to say). A feature that lands deletes its row.
+# (key, whether its value asks for what is not built, what would work): a feature that lands deletes its row.
+# Values are valid JSON values, not null; those of `datasets` are resolved to DatasetSource.
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("attention_types", lambda value: bool(set(_attention_names(value)) - {"global"}), 'every layer must be "global"'),
-    ("moe_layers", bool, "mixture of experts needs an empty list"),
-    ("moe_params", bool, "mixture of experts needs an empty object"),
-    ("moe_activation", lambda value: value != "relu", "leave it out"),
+    ("attention_types", lambda groups: _names_other_than_global(groups), 'it must name "global" alone'),
+    ("moe_layers", bool, "it must be an empty list"),
+    ("moe_params", bool, "leave it out"),
+    ("moe_activation", lambda name: name != "relu", "leave it out"),
     ("axial_pos_emb", bool, "it must be false"),
     ("rotary_emb", bool, "it must be false"),
     ("mlp_glu", bool, "it must be false"),
@@ -62,20 +57,12 @@ NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("entmax_loss", bool, "it must be false"),
     ("scale_by_in", bool, "it must be false"),
     ("mlm_training", bool, "it must be false"),
-    ("opt_name", lambda value: value == "adafactor", 'it must be "adam"'),
-    ("precision", lambda value: value == "bfloat16", 'it must be "float32"'),
-    (
-        "datasets",
-        lambda value: any(source.sampling_mode == "documents_fixed" for source in value),
-        'its sampling mode must be "chunks" or "documents_random"',
-    ),
+    ("opt_name", lambda name: name == "adafactor", 'it must be "adam"'),
+    ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),
+    ("datasets", lambda sources: _samples_fixed(sources), 'sampling modes must be "chunks" or "documents_random"'),
     ("eval_tasks", bool, "it must be an empty list"),
     ("log_grads", bool, "it must be false"),
-    (
-        "activation_function",
-        lambda value: value not in _BUILT_ACTIVATIONS,
-        f"it must be one of {listed(_BUILT_ACTIVATIONS)}",
-    ),
+    ("activation_function", lambda name: name not in _BUILT_ACTIVATIONS, f"built: {listed(_BUILT_ACTIVATIONS)}"),
 )
 
 
@@ -109,26 +96,24 @@ def make_model_config(
     """`load_model_config` for a dict of JSON values; `origin` is what messages call it (the name by default)."""
     problems: list[str] = []
     spelling: dict[str, str] = {}
-    merged = _canonical(values, spelling, problems) | _canonical(overrides or {}, spelling, problems)
-    merged = {key: value for key, value in merged.items() if value is not None or _is_required(key)}
-    refused = {"name"} & merged.keys()  # the file's name, never a key
-    problems += [_unknown(key, merged.pop(key), ModelConfig) for key in refused]
+    given = _canonical(values, spelling, problems) | _canonical(overrides or {}, spelling, problems)
+    if "name" in given:  # an attribute, but no key: the file's stem gives it
+        problems.append(_unknown("name", given.pop("name"), ModelConfig))
 
+    resolved = dict(given)
     bad: set[str] = set()
-    if "datasets" in merged:
-        sources, mistakes = _resolve_datasets(merged["datasets"])
-        merged["datasets"] = sources
-        if mistakes:
-            bad.add("datasets")
-            problems += mistakes
+    if given.get("datasets") is not None:
+        resolved["datasets"], mistakes = _resolve_datasets(given["datasets"])
+        problems += mistakes
+        bad |= {"datasets"} if mistakes else set()
 
-    config, mistakes = _validated(ModelConfig, merged | {"name": name}, spelling, bad)
+    config, mistakes = _validated(ModelConfig, resolved | {"name": name}, spelling, bad)
     problems += mistakes
     if not allow_unbuilt:
         problems += [
-            f"{spelling.get(key, key)} is {_value(merged[key])}; this is not available yet: {what}"
+            f"{spelling[key]} is {_value(given[key])}, which is not available yet; {what}"
             for key, asks, what in NOT_BUILT
-            if key in merged and key not in bad and asks(merged[key])
+            if resolved.get(key) is not None and key not in bad and asks(resolved[key])
         ]
     if problems or config is None:
         raise UserError("\n".join(f"{origin or name}: {problem}" for problem in problems))
@@ -184,7 +169,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
             with tf.io.gfile.GFile(name, "r") as file:
                 return str(file.read())
         except tf.errors.OpError as error:
-            raise UserError(f"{name} can't be read ({error.message}); give the path of an existing file") from error
+            reason = " ".join(error.message.split()) or type(error).__name__
+            raise UserError(f"{name} can't be read ({reason}); give the path of an existing file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{_shown(name)} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -198,7 +184,7 @@ def _find(name: str, directory: Path, kind: str) -> str:
         return name
     is_path = name.endswith(".json") or os.sep in name
     named = directory / (name if name.endswith(".json") else f"{name}.json")
-    candidates = [Path(name), named] if is_path else [named, Path(name)]
+    candidates = [Path(name), Path(f"{name}.json"), named] if is_path else [named, Path(name)]
     for candidate in candidates:
         if candidate.is_file():
             return str(candidate)
@@ -221,7 +207,8 @@ def _read_json_object(path: str) -> dict[str, Any]:
         return seen
 
     try:
-        values = json.loads(read_text(path), object_pairs_hook=unique)
+        # Windows editors may start a file with a byte-order mark.
+        values = json.loads(read_text(path).removeprefix("\ufeff"), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{shown}, line {error.lineno}, column {error.colno}: this is not JSON: {error.msg}") from error
     if not isinstance(values, dict):
@@ -230,24 +217,22 @@ def _read_json_object(path: str) -> dict[str, Any]:
 
 
 def _canonical(values: Mapping[str, Any], spelling: dict[str, str], problems: list[str]) -> dict[str, Any]:
-    """`values` under the attributes' names; `spelling` learns how each was written."""
+    """`values` under their attributes' names; `spelling` learns how each was written."""
     canonical: dict[str, Any] = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
-        if name in canonical and canonical[name] != value:
-            first = spelling[name]
+        earlier = canonical.get(name)
+        if name in canonical and value is None:
+            continue
+        if earlier is not None and earlier != value:
             problems.append(
-                f"{first} is {_value(canonical[name])} and {key} is {_value(value)}, but they are two names "
-                "of one setting; keep one of them"
+                f"{spelling[name]} is {_value(earlier)} and {key} is {_value(value)}, but they are two names of one "
+                "setting; keep one of them"
             )
-        canonical.setdefault(name, value)
+            continue
+        canonical[name] = value
         spelling[name] = key
     return canonical
-
-
-def _is_required(key: str) -> bool:
-    field = ModelConfig.model_fields.get(key)
-    return field is None or field.is_required()
 
 
 _DATASET_FORMS = (
@@ -289,8 +274,10 @@ def _resolve_dataset(entry: Any, where: str) -> tuple[DatasetSource | None, list
 def _dataset_of(parts: Sequence[Any], where: str) -> tuple[DatasetConfig | None, list[str]]:
     """The dataset of an entry: named by id, spelled out (as config_to_json writes it), or two inline globs."""
     first = parts[0]
+    spelling = {}
     if len(parts) == 5:
-        values = {"id": first, "path": first, "eval_path": parts[1]}
+        values = {"id": str(first) or "inline", "path": first, "eval_path": parts[1]}
+        spelling = {"path": "the train glob", "eval_path": "the eval glob"}
     elif isinstance(first, dict):
         values = first
     else:
@@ -298,7 +285,7 @@ def _dataset_of(parts: Sequence[Any], where: str) -> tuple[DatasetConfig | None,
             return load_dataset_config(first), []
         except UserError as error:
             return None, [f"{where}: {line}" for line in str(error).splitlines()]
-    config, mistakes = _validated(DatasetConfig, values, {}, set())
+    config, mistakes = _validated(DatasetConfig, values, spelling, set())
     return config, [f"{where}: {mistake}" for mistake in mistakes]
 
 
@@ -332,14 +319,22 @@ def _sentence(schema: type[BaseModel], key: str, written: str, detail: Mapping[s
 
 
 def _unknown(key: str, value: Any, schema: type[BaseModel]) -> str:
-    known = set(schema.model_fields) - {"name", "id"} | (set(ALIASES) if schema is ModelConfig else set())
+    model_keys = {*ModelConfig.model_fields, *ALIASES} - {"name"}
+    dataset_keys = set(DatasetConfig.model_fields) - {"id"}
+    known, others = (model_keys, dataset_keys) if schema is ModelConfig else (dataset_keys, model_keys)
     near = nearest(key, sorted(known))
-    hint = f'did you mean "{near}"?' if near else f"the known keys are {', '.join(sorted(known))}"
+    hint = f'did you mean "{near}"?' if near else "no known key resembles it, so remove it"
+    if key in others:
+        hint = f"it belongs in the config of a {'dataset' if schema is ModelConfig else 'model'}"
     return f'there is no key "{key}" (its value is {_value(value)}); {hint}'
 
 
-def _attention_names(value: Any) -> tuple[str, ...]:
-    return expand_attention_types((tuple(names), 1) for names, _ in value or ())
+def _names_other_than_global(groups: Any) -> bool:
+    return any(set(names) - {"global"} for names, _ in groups or ())
+
+
+def _samples_fixed(sources: Iterable[DatasetSource]) -> bool:
+    return any(source.sampling_mode == "documents_fixed" for source in sources)
 
 
 def _value(value: Any) -> str:
