@@ -5,6 +5,8 @@ PYTHON ?= python3.11 python3 python
 DEVICE ?= $(if $(wildcard .venv/.runtime-gpu),gpu,cpu)
 # How many test processes; every one of them loads TensorFlow.
 WORKERS ?= 2
+# Seconds for one test: far above the slowest, far below anyone's patience with one that hangs.
+TIMEOUT := 900
 # Passed on to pytest: make test ARGS="-k attention".
 ARGS ?=
 # Passed on to the resolver: make lock LOCK_ARGS=--upgrade.
@@ -45,7 +47,7 @@ quickstart: $(RUNTIME) | $(TFRECORDS)/train.done $(TFRECORDS)/heldout.done ## tr
 	$(VENV_PYTHON) quickstart_summary.py
 
 test: env ## run every test (ARGS="..." goes to pytest)
-	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --timeout $(TIMEOUT) $(ARGS)
 
 lint: $(RUNTIME) $(LINT) ## check style, formatting and types
 	$(VENV_PYTHON) -m ruff check .
