@@ -1,0 +1,1 @@
+"""Text in, tokens out: tokenizers, readers of text formats, and the commands that prepare a dataset."""

@@ -1,0 +1,132 @@
+"""Train a byte-level BPE tokenizer on text.
+
+    python data/train_tokenizer.py --base_dir texts --output_dir tokenizer --vocab_size 32768
+
+Reads every file below --base_dir whose format it knows (data/readers.py) and writes byte-level-bpe.tokenizer.json.
+Any text can be encoded with it and comes back exactly: its alphabet is the 256 bytes, and nothing is normalised.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+# `python data/train_tokenizer.py` puts data/ on the path, but the modules are imported from the folder above it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from data.files import exists, join, write_text
+from data.input_files import find_files, read_documents
+from data.readers import ReadOptions
+from errors import UserError, exits_cleanly
+
+OUTPUT_NAME = "byte-level-bpe.tokenizer.json"
+EOS, PADDING, MASK = "<|endoftext|>", "<|padding|>", "[MASK]"  # ids 0, 1 and, if wanted, 2
+_BYTES = 256
+_PROBLEMS_SHOWN = 10
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, mask_token: bool = False) -> Tokenizer:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        documents: the text to learn from.
+        vocab_size: the size wished for, special tokens and the 256 bytes included; fewer if the text does not hold so
+            many pairs of neighbours.
+        mask_token: whether to reserve id 2 for "[MASK]", after "<|endoftext|>" (0) and "<|padding|>" (1).
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PADDING] + [MASK] * mask_token,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that a byte not met in training is encoded too
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer on text.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base_dir", required=True, help="folder of text, searched with its subfolders, or one file; local or gs://")
+    add("--output_dir", required=True, help=f"folder for {OUTPUT_NAME}; nothing else in it is touched")
+    add("--file_type", help='only files whose names end in this ("txt") or match this glob (default: all formats)')
+    add("--vocab_size", type=int, default=32768, help="size of the vocabulary, special tokens included")
+    add("--mask_token", action="store_true", help=f"reserve id 2 for {MASK} (masked language modelling)")
+    add("--json_key", default="text", help="the key that holds the text of a JSON document")
+    add("--overwrite", action="store_true", help="replace a tokenizer that is there already")
+    return parser
+
+
+def _check(args: argparse.Namespace, output: str) -> None:
+    least = _BYTES + 2 + args.mask_token
+    if args.vocab_size < least:
+        raise UserError(
+            f"--vocab_size {args.vocab_size} must be at least {least}: {_BYTES} bytes and the special tokens"
+        )
+    if exists(output) and not args.overwrite:
+        raise UserError(f"{output} exists; give --overwrite to train it anew, or another --output_dir")
+
+
+def _train(args: argparse.Namespace) -> Tokenizer:
+    files, _ = find_files(args.base_dir, args.file_type)
+    problems: list[str] = []
+    documents = 0
+    with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading") as bar:
+
+        def counted() -> Iterable[str]:
+            nonlocal documents
+            options = ReadOptions(lambda where, why: problems.append(f"{where}: {why}"), args.json_key)
+            for text in read_documents(files, options, bar.update):
+                documents += 1
+                yield text
+
+        tokenizer = train_tokenizer(counted(), args.vocab_size, args.mask_token)
+    for problem in problems[:_PROBLEMS_SHOWN]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if len(problems) > _PROBLEMS_SHOWN:
+        print(f"left out: {len(problems) - _PROBLEMS_SHOWN} more", file=sys.stderr)
+    if not documents:
+        raise UserError(f"the input {args.base_dir} gave no document; give files that hold text")
+    print(f"learned from {documents:,} documents in {len(files):,} files")
+    return tokenizer
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; UserError for what its user can put right."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
+    output = join(args.output_dir, OUTPUT_NAME)
+    _check(args, output)
+    tokenizer = _train(args)
+    write_text(output, tokenizer.to_str(pretty=True))
+    size = tokenizer.get_vocab_size()
+    if size < args.vocab_size:
+        print(f"the text gives a vocabulary of {size:,} tokens only, fewer than --vocab_size {args.vocab_size:,}")
+    settings = {
+        "n_vocab": size,
+        "tokenizer_path": output,
+        "eos_id": tokenizer.token_to_id(EOS),
+        "padding_id": tokenizer.token_to_id(PADDING),
+    }
+    print(f"{output}: for the dataset config, {json.dumps(settings)}")
+    if args.mask_token:
+        print(f'for the model config, {{"mlm_mask_id": {tokenizer.token_to_id(MASK)}}}')
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
