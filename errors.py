@@ -3,17 +3,24 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 
 class UserError(ValueError):
     """A mistake the user can correct.
 
-    `str(error)` is one sentence (or one line per mistake) that names the key, file or flag, its value, and what
-    would work. Commands print it and exit with code 2; anything else that escapes is a defect and keeps its traceback.
+    `str(error)` is one sentence (or one line per mistake) that names the key, file or flag, its value, and what would
+    work. Commands print it and exit with code 2; anything else that escapes is a defect and keeps its traceback.
     """
 
 
-def exits_cleanly(main: Callable[[Sequence[str] | None], int | None]) -> Callable[[Sequence[str] | None], int]:
+class Command(Protocol):
+    """The main function of a command: runs the command line `argv` (None: the process's own), returns its exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def exits_cleanly(main: Callable[[Sequence[str] | None], int | None]) -> Command:
     """Make `main(argv)` return an exit code: its own (None means 0), 2 after a UserError, 130 after Ctrl-C."""
 
     @functools.wraps(main)

@@ -18,15 +18,13 @@ TASK = "validation"
 
 def token_byte_lengths(config: ModelConfig) -> np.ndarray | None:
     """Bytes of text behind each token id, int32 [at least n_vocab]; None where the datasets' tokenizer cannot tell."""
-    tables = []
+    tables: list[np.ndarray] = []
     for source in config.datasets:
-        if source.dataset.tokenizer_path is None:
+        table = load_encoder(source.dataset).token_byte_lengths() if source.dataset.tokenizer_path else None
+        if table is None or (tables and not np.array_equal(table, tables[0])):
             return None
-        tables.append(load_encoder(source.dataset).token_byte_lengths())
-    if any(table is None or not np.array_equal(table, tables[0]) for table in tables):
-        return None
-    table = tables[0]
-    return np.pad(table, (0, max(0, config.n_vocab - len(table)))) if table is not None else None
+        tables.append(table)
+    return np.pad(tables[0], (0, max(0, config.n_vocab - len(tables[0])))) if tables else None
 
 
 def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""Training through main.py: resuming, stopping, evaluating on the way, and the same numbers on any mesh."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+
+from tests.workspace import Workspace
+
+DROPOUT = {"embed_dropout": 0.1, "res_dropout": 0.1, "attn_dropout": 0.1}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "resumed").mkdir()
+    straight = Workspace(tmp_path / "straight", train_steps=40, **DROPOUT)
+    assert straight.main() == 0
+    resumed = Workspace(tmp_path / "resumed", train_steps=40, lr_decay_end=40, **DROPOUT)
+    assert resumed.main("--set", "train_steps=20") == 0
+    assert len(resumed.losses()) == 20
+    assert resumed.main() == 0
+    assert [line["step"] for line in resumed.metrics()] == list(range(1, 41))
+    assert resumed.losses() == straight.losses()
+    expected = straight.weights()
+    assert expected["global_step"] == 40
+    for name, value in resumed.weights().items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+MESHES = [
+    ("x:4", "batch:x"),
+    ("x:2,y:2", "batch:x,heads:y,intermediate_expanded:y,vocab:y"),
+    ("x:2,y:2", "batch:x,embd:y"),
+]
+
+
+@pytest.mark.slow
+def test_several_devices_give_the_losses_of_one(tmp_path: Path) -> None:
+    changes = {"train_steps": 6, "gradient_clipping": 0.5, "weight_decay": 0.1, "epsilon": 1e-5, **DROPOUT}
+    (tmp_path / "one").mkdir()
+    one = Workspace(tmp_path / "one", **changes)
+    assert one.main("--gpu_ids", "device:CPU:0") == 0
+    for number, (mesh_shape, layout) in enumerate(MESHES):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        several = Workspace(directory, mesh_shape=mesh_shape, layout=layout, **changes)
+        assert several.main("--gpu_ids", "cpu:0", "cpu:1", "/device:CPU:2", "device:cpu:3") == 0
+        for key in ("loss", "grad_norm"):
+            got, expected = ([line[key] for line in run.metrics()] for run in (several, one))
+            np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"{layout} {key}")
+        for name, expected in one.weights().items():
+            np.testing.assert_allclose(several.weights()[name], expected, atol=1e-4, err_msg=f"{layout} {name}")
+
+
+def test_evaluation_and_checkpoints_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Workspace(tmp_path, train_steps=5, eval_steps=2)
+    assert run.main("--steps_per_checkpoint", "2", "--sacred_id", "7") == 0
+    results = [json.loads(line) for line in (run.model_path / "eval_7.jsonl").read_text().splitlines()]
+    assert [result["global_step"] for result in results] == [2, 4, 5]
+    assert {result["task"] for result in results} == {"validation"}
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == results
+    assert {path.name for path in run.model_path.glob("model.ckpt-*.index")} == {
+        f"model.ckpt-{step}.index" for step in (0, 2, 4, 5)
+    }
+    assert json.loads((run.model_path / "config.json").read_text())["n_embd"] == 16
+    tags = {
+        value.tag
+        for path in run.model_path.glob("events.*")
+        for event in tf.train.summary_iterator(str(path))
+        for value in event.summary.value
+    }
+    assert {"loss", "lr", "grad_norm"} <= tags
+
+
+def test_training_that_reached_its_end_does_nothing_and_new_starts_again(tmp_path: Path) -> None:
+    run = Workspace(tmp_path, train_steps=2)
+    assert run.main() == 0
+    first = run.weights()
+    assert run.main() == 0
+    assert len(run.losses()) == 2
+    assert run.main("--new") == 2  # nobody is there to ask
+    assert run.main("--new", "--yes") == 0
+    assert len(run.losses()) == 2
+    for name, value in run.weights().items():
+        np.testing.assert_array_equal(value, first[name], err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_ends(tmp_path: Path, signum: int) -> None:
+    run = Workspace(tmp_path, train_steps=1_000_000)
+    command = [sys.executable, "main.py", "--model", str(run.config_path)]
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(command, stderr=log, stdout=log)
+    metrics = run.model_path / "metrics.jsonl"
+    give_up = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < give_up, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    os.kill(process.pid, signum)
+    assert process.wait(60) == 128 + signum
+    log.seek(0)
+    text = log.read()
+    assert "Traceback" not in text
+    step = int(run.weights()["global_step"])
+    assert step > 0
+    assert f"stopped at step {step}, checkpoint saved" in text
+    assert run.metrics()[-1]["step"] == step

@@ -1,0 +1,56 @@
+"""A folder with tiny records, a config and a model, and main.py run on it in this process."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+import main
+from tests.tiny import TINY
+
+
+def write_records(path: Path, rows: Sequence[Sequence[int]]) -> None:
+    """One record of the feature `text` for each row of token ids."""
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for row in rows:
+            text = tf.train.Feature(int64_list=tf.train.Int64List(value=[int(token) for token in row]))
+            writer.write(tf.train.Example(features=tf.train.Features(feature={"text": text})).SerializeToString())
+
+
+class Workspace:
+    """Records of n_ctx + 1 random tokens for training and evaluation, and the config TINY reading them."""
+
+    def __init__(self, directory: Path, **changes: Any):
+        self.directory = directory
+        self.model_path = directory / "model"
+        random = np.random.default_rng(0)
+        length = changes.get("n_ctx", TINY["n_ctx"]) + 1
+        for name, count in (("train", 64), ("eval", 10)):
+            write_records(directory / f"{name}_0_{count}.tfrecords", random.integers(2, 32, [count, length]))
+        self.values = TINY | {
+            "no_dataset": False,
+            "datasets": [[str(directory / "train_*.tfrecords"), str(directory / "eval_*.tfrecords"), 1, "chunks", 1.0]],
+            "model_path": str(self.model_path),
+            **changes,
+        }
+        self.config_path = directory / "config.json"
+        self.config_path.write_text(json.dumps(self.values))
+
+    def main(self, *flags: str) -> int:
+        """The exit code of `main.py --model <this config> flags`."""
+        return main.main(["--model", str(self.config_path), *flags])
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.model_path / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics()]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every variable of the newest checkpoint."""
+        reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(self.model_path)))
+        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
