@@ -1,0 +1,317 @@
+"""data/create_tfrecords.py: every token accounted for, whatever the files, formats and processes."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from data import create_tfrecords, parallel_tokenizer
+from data.encoders import Encoder
+from data.records import records
+from data.train_tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "the cat sat on a mat; déjà vu, çay 🙂 while <|endoftext|> x = [1, 2]\n"
+WORDS = re.findall("[^ ]+", TEXT)
+VOCAB_SIZE = 290
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "byte-level-bpe.tokenizer.json"
+    path.write_text(train_tokenizer([TEXT] * 3, VOCAB_SIZE).to_str())
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer_path: Path) -> Encoder:
+    return Encoder(tokenizer_path.read_text())
+
+
+def random_documents(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(count)]
+
+
+def write_texts(folder: Path, documents: list[str]) -> None:
+    for index, document in enumerate(documents):
+        path = folder / f"part{index % 3}" / f"{index:04d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(document.encode())
+
+
+def in_order(documents: list[str]) -> list[str]:
+    """The documents in the order of the files that write_texts makes."""
+    return [documents[index] for part in range(3) for index in range(part, len(documents), 3)]
+
+
+class Run:
+    """A call of the command, with its exit code and what it wrote."""
+
+    def __init__(self, tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.input = tmp_path / "in"
+        self.output = tmp_path / "out"
+        self._tokenizer_path = tokenizer_path
+        self._capsys = capsys
+
+    def __call__(self, *flags: str, processes: int = 1) -> int:
+        code = create_tfrecords.main(
+            ["--input_dir", str(self.input), "--output_dir", str(self.output), "--name", "set", "--encoder_path",
+             str(self._tokenizer_path), "--processes", str(processes), *flags]
+        )  # fmt: skip
+        captured = self._capsys.readouterr()
+        self.out, self.err = captured.out, captured.err
+        return code
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.output / "set.manifest.json").read_text())
+
+    @property
+    def files(self) -> list[str]:
+        return [entry["file"] for entry in self.manifest["files"]]
+
+    def records(self) -> list[list[int]]:
+        return [ids for file in self.files for ids in read_records(self.output / file)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tmp_path, tokenizer_path, capsys)
+
+
+def read_records(path: Path) -> Iterator[list[int]]:
+    for record in tf.compat.v1.io.tf_record_iterator(str(path)):
+        features = tf.train.Example.FromString(record).features.feature
+        assert list(features) == ["text"]
+        yield list(features["text"].int64_list.value)
+
+
+def check_account(manifest: dict) -> None:
+    account = manifest["account"]
+    gone = account["discarded_tokens"] + account["tail"]
+    assert account["tokens"] + account["separators"] == account["written"] + gone
+    assert sum(file["tokens"] for file in manifest["files"]) == account["written"]
+    assert sum(file["records"] for file in manifest["files"]) == manifest["records"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 31])
+@pytest.mark.parametrize("minimum_size", [0, 40])
+def test_a_record_is_a_document(run: Run, encoder: Encoder, count: int, minimum_size: int):
+    documents = random_documents(count - 1, seed=count) + ["a mat " * 50]
+    write_texts(run.input, documents)
+    assert run("--minimum_size", str(minimum_size), "--files_per", "4", "--no-ftfy") == 0
+    encoded = encoder.encode_batch(in_order(documents))
+    kept = [ids for ids in encoded if len(ids) >= minimum_size]
+    assert run.records() == kept
+    check_account(run.manifest)
+    account = run.manifest["account"]
+    assert account["documents"] == count
+    assert account["tokens"] == sum(map(len, encoded))
+    assert account["discarded_documents"] == count - len(kept)
+    assert account["separators"] == account["tail"] == 0
+    assert account["text_bytes"] == sum(len(document.encode()) for document in documents)
+    assert run.manifest["max_id"] == max(map(max, kept)) and run.manifest["min_id"] == min(map(min, kept))
+    for file in run.manifest["files"]:
+        name = re.fullmatch(r"set_(\d+)_(\d+)\.tfrecords", file["file"])
+        assert name is not None and int(name[2]) == file["records"] <= 4
+    assert run.files == [f"set_{i}_{file['records']}.tfrecords" for i, file in enumerate(run.manifest["files"])]
+    assert {path.name for path in run.output.iterdir()} == {*run.files, "set.manifest.json"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 31])
+@pytest.mark.parametrize(("flags", "separator"), [([], [0]), (["--separator", "[5, 6]"], [5, 6])])
+def test_chunks_are_the_documents_joined_by_the_separator(run: Run, encoder: Encoder, count, flags, separator):
+    documents = random_documents(count - 1, seed=count) + ["a mat " * 50]
+    write_texts(run.input, documents)
+    assert run("--mode", "chunks", "--chunk_size", "16", "--files_per", "10", "--no-ftfy", *flags) == 0
+    stream: list[int] = []
+    for ids in encoder.encode_batch(in_order(documents)):
+        stream += (separator if stream else []) + ids
+    whole = len(stream) - len(stream) % 17
+    assert run.records() == [stream[start : start + 17] for start in range(0, whole, 17)]
+    check_account(run.manifest)
+    assert run.manifest["account"]["separators"] == (count - 1) * len(separator)
+    assert run.manifest["account"]["tail"] == len(stream) - whole
+
+
+def test_the_files_do_not_depend_on_the_number_of_processes(run: Run, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parallel_tokenizer, "_BATCH_CHARACTERS", 500)  # many batches of a little text
+    write_texts(run.input, random_documents(100, seed=0))
+    flags = ["--mode", "chunks", "--chunk_size", "16", "--files_per", "50"]
+    contents = []
+    for processes in (1, 3):
+        run.output = tmp_path / f"out{processes}"
+        assert run(*flags, processes=processes) == 0
+        contents.append({path.name: path.read_bytes() for path in run.output.iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) > 3
+
+
+def test_spellings_of_special_tokens_are_text_unless_allowed(run: Run, tmp_path: Path, encoder: Encoder):
+    write_texts(run.input, ["a <|endoftext|> b"])
+    assert run() == 0
+    assert 0 not in run.records()[0] and encoder.decode(run.records()[0]) == "a <|endoftext|> b"
+    run.output = tmp_path / "allowed"
+    assert run("--allow_special") == 0
+    assert run.records()[0].count(0) == 1
+
+
+def test_text_is_mended_unless_told_otherwise(run: Run, tmp_path: Path, encoder: Encoder):
+    write_texts(run.input, ["âœ” ﬁne\r\n"])
+    assert run() == 0
+    assert encoder.decode(run.records()[0]) == "✔ fine\n"
+    run.output = tmp_path / "as it is"
+    assert run("--no-ftfy") == 0
+    assert encoder.decode(run.records()[0]) == "âœ” ﬁne\r\n"
+    run.output = tmp_path / "WikiText"
+    assert run("--no-ftfy", "--wikitext-detokenize") == 0
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_read(run: Run, encoder: Encoder):
+    write_texts(run.input, ["hello", "world"])
+    (run.input / "empty.txt").write_bytes(b"")
+    (run.input / "latin.txt").write_bytes("café".encode("latin-1"))
+    (run.input / "broken.jsonl").write_text('{"text": "one"}\nnot json\n{"words": 1}\n"two"\n')
+    (run.input / "garbage.jsonl.zst").write_bytes(b"garbage")
+    (run.input / "picture.png").write_bytes(b"\x89PNG")
+    assert run() == 0
+    assert [encoder.decode(ids) for ids in run.records()] == ["one", "two", "hello", "world"]
+    for said in (
+        "empty.txt: it is empty",
+        "latin.txt: not UTF-8 text (byte 3)",
+        "broken.jsonl, line 2: not JSON",
+        'broken.jsonl, line 3: no key "text" (it has words)',
+        "garbage.jsonl.zst: ",
+    ):
+        assert any(said in problem for problem in run.manifest["problems"]), run.manifest["problems"]
+        assert said in run.err
+    assert run.manifest["problem_count"] == 5 and "5 left out" in run.out
+    assert "1 files (picture.png)" in run.err
+
+
+def test_a_complete_set_is_left_alone_and_another_one_refused(run: Run):
+    write_texts(run.input, random_documents(5, seed=1))
+    assert run() == 0
+    before = {path: path.stat().st_mtime_ns for path in run.output.iterdir()}
+    assert run(processes=2) == 0
+    assert "nothing to do" in run.out and "tokens: " in run.out
+    assert run("--minimum_size", "3") == 2
+    assert "minimum_size 0 there, 3 now" in run.err and "--name" in run.err
+    (run.input / "more.txt").write_text("more")
+    assert run() == 2 and "input files 5 there, 6 now" in run.err
+    assert {path: path.stat().st_mtime_ns for path in run.output.iterdir()} == before
+    (run.input / "more.txt").unlink()
+    (run.output / run.files[0]).unlink()
+    assert run() == 2 and "which is not there" in run.err
+
+
+def test_an_interrupted_run_is_done_again(run: Run, monkeypatch: pytest.MonkeyPatch):
+    documents = random_documents(9, seed=2)
+    write_texts(run.input, documents)
+
+    def interrupted(*args):
+        for number, record in enumerate(records(*args)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield record
+
+    monkeypatch.setattr(create_tfrecords, "records", interrupted)
+    assert run("--files_per", "2") == 130
+    assert run.manifest["complete"] is False
+    left = {path.name for path in run.output.iterdir()}
+    assert left == {"set_0_2.tfrecords", "set_1_2.tfrecords", "set.manifest.json"}
+    monkeypatch.setattr(create_tfrecords, "records", records)
+    assert run("--files_per", "3") == 2 and "made otherwise (files_per 2 there, 3 now)" in run.err
+    assert run("--files_per", "2") == 0
+    assert run.manifest["complete"] is True and len(run.records()) == 9
+    assert {path.name for path in run.output.iterdir()} == {*run.files, "set.manifest.json"}
+
+
+def test_files_without_a_manifest_are_not_touched(run: Run):
+    write_texts(run.input, ["hello"])
+    run.output.mkdir()
+    (run.output / "set_0_7.tfrecords").write_bytes(b"precious")
+    assert run() == 2 and "already holds set_0_7.tfrecords" in run.err
+    assert (run.output / "set_0_7.tfrecords").read_bytes() == b"precious"
+
+
+def test_a_seed_shuffles_the_files_and_nothing_else(run: Run, tmp_path: Path):
+    write_texts(run.input, random_documents(20, seed=3))
+    assert run() == 0
+    by_name = run.records()
+    orders: list[list[list[int]]] = []
+    for seed in ("1", "1", "2"):
+        run.output = tmp_path / f"seed{len(orders)}"
+        assert run("--seed", seed) == 0
+        orders.append(run.records())
+    assert orders[0] == orders[1] != orders[2] != by_name
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(by_name)
+
+
+def test_the_dataset_config_names_what_was_made(run: Run, tmp_path: Path, tokenizer_path: Path):
+    write_texts(run.input, ["hello"])
+    path = tmp_path / "configs" / "mine.json"
+    assert run("--write_dataset_config", str(path)) == 0
+    assert json.loads(path.read_text()) == {
+        "n_vocab": VOCAB_SIZE,
+        "path": str(run.output / "set_*.tfrecords"),
+        "eval_path": "",
+        "tokenizer_path": str(tokenizer_path),
+        "tokenizer_is_pretrained": False,
+        "eos_id": 0,
+        "padding_id": 1,
+    }
+    assert run("--write_dataset_config", str(path)) == 0
+    path.write_text("{}")
+    assert run("--write_dataset_config", str(path)) == 2 and "exists with other content" in run.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--use_gpt2_tokenizer"], "give one of --encoder_path and --use_gpt2_tokenizer (both are given)"),
+        (["--input_dir", "/nowhere"], "the input /nowhere does not exist"),
+        (["--encoder_path", "nowhere.json"], "nowhere.json does not exist"),
+        (["--name", "a/b"], "--name a/b: use letters"),
+        (["--mode", "chunks", "--separator", "[999]"], "--separator [999]: 999 is no id below 290"),
+        (["--mode", "chunks"], "fewer than one record of --chunk_size 2048 + 1"),
+        (["--minimum_size", "1000"], "each shorter than --minimum_size 1000"),
+    ],
+)
+def test_mistakes_are_sentences(run: Run, flags: list[str], message: str):
+    write_texts(run.input, ["hello"])
+    assert run(*flags) == 2
+    assert run.err.splitlines()[-1].startswith("error: ") and message in run.err
+    assert not list(run.output.glob("*.tfrecords"))
+
+
+def test_an_input_without_text_is_a_mistake(run: Run):
+    run.input.mkdir()
+    assert run() == 2 and "has no file to read (it is empty)" in run.err
+    (run.input / "a.png").write_bytes(b"x")
+    assert run() == 2 and "has no file to read (it holds a.png)" in run.err and ".jsonl.zst" in run.err
+    (run.input / "a.txt").write_bytes(b"")
+    assert run() == 2 and "gave 0 documents" in run.err
+
+
+@pytest.mark.parametrize("text", ["0", "[0]", " [ 0 ] "])
+def test_the_separator_may_be_written_with_or_without_brackets(text: str):
+    assert create_tfrecords._token_ids(text) == (0,)
+
+
+def test_the_command_runs_from_the_root_and_from_its_folder(run: Run, tokenizer_path: Path):
+    without_flags = [sys.executable, "data/create_tfrecords.py"]
+    help_text = subprocess.run(without_flags, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--minimum_size" in help_text
+    write_texts(run.input, random_documents(3, seed=4))
+    flags = ["--input_dir", run.input, "--output_dir", run.output, "--name", "set", "--encoder_path", tokenizer_path]
+    command = [sys.executable, "create_tfrecords.py", *map(str, flags), "--processes", "2"]
+    done = subprocess.run(command, cwd=ROOT / "data", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 documents" in done.stdout and len(run.records()) == 3
