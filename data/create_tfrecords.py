@@ -36,14 +36,13 @@ from data.tfrecord_writer import RecordSetWriter
 from errors import UserError, exits_cleanly
 
 _MAX_DEFAULT_PROCESSES = 32  # beyond these, the one process that reads and writes is what the others wait for
+_BYTES_PER_PROCESS = 2_000_000  # about two seconds of work, what a process takes to start
 _PROBLEMS_SHOWN = 10
 _PROBLEMS_KEPT = 1000  # in the manifest
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Tokenise text into tfrecords.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Tokenise text into tfrecords.")
     add = parser.add_argument
     add("--input_dir", required=True, help="folder of text, searched with its subfolders, or one file; local or gs://")
     add("--name", required=True, help="files are called NAME_<i>_<records>.tfrecords")
@@ -52,17 +51,27 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=("documents", "chunks"),
         default="documents",
-        help="a record is a document, or a chunk of documents that are joined by the separator",
+        help="a record is a document, or a chunk of documents that are joined by the separator (default: documents)",
     )
-    add("--chunk_size", type=_at_least(1), default=2048, help="chunks: n_ctx; records have one token more")
+    add(
+        "--chunk_size",
+        type=_at_least(1),
+        default=2048,
+        help="chunks: n_ctx; records have one token more (default: %(default)s)",
+    )
     add("--use_gpt2_tokenizer", action="store_true", help="GPT-2's pretrained tokenizer, from the model hub")
     add("--encoder_path", help="a tokenizers JSON file, a folder with a pretrained tokenizer, or a name on the hub")
     add("--separator", type=_token_ids, help='chunks: ids between documents, "[0]" or "0" (default: end of text)')
-    add("--minimum_size", type=_at_least(0), default=0, help="discard documents of fewer tokens")
-    add("--files_per", type=_at_least(1), default=100_000, help="records per file")
-    processes = min(len(os.sched_getaffinity(0)), _MAX_DEFAULT_PROCESSES)
-    add("--processes", type=_at_least(1), default=processes, help="processes that clean and tokenise text")
-    add("--ftfy", action=argparse.BooleanOptionalAction, default=True, help="mend text with ftfy and NFKC")
+    add("--minimum_size", type=_at_least(0), default=0, help="discard documents of fewer tokens (default: %(default)s)")
+    add("--files_per", type=_at_least(1), default=100_000, help="records per file (default: %(default)s)")
+    add(
+        "--processes",
+        type=_at_least(1),
+        help="processes that clean and tokenise text (default: one for each core, fewer for little text)",
+    )
+    add(
+        "--ftfy", action=argparse.BooleanOptionalAction, default=True, help="mend text with ftfy and NFKC (default: on)"
+    )
     add(
         "--wikitext_detokenize",
         "--wikitext-detokenize",
@@ -74,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help='make special tokens of their spellings in the text ("<|endoftext|>") instead of encoding them as text',
     )
-    add("--json_key", default="text", help="the key that holds the text of a JSON document")
+    add("--json_key", default="text", help="the key of a JSON document's text (default: %(default)s)")
     add("--seed", type=int, help="shuffle the input files by this seed (default: in the order of their names)")
     add(
         "--write_dataset_config",
@@ -152,10 +161,18 @@ def _make_job(args: argparse.Namespace) -> Job:
             "padding_id": encoder.padding_id,
         },
     }
+    processes = args.processes or _default_processes(plan["input"]["bytes"])
     return Job(
         args.name, args.output_dir, files, others, encoder, text, record, plan, args.json_key, args.files_per,
-        args.processes,
+        processes,
     )  # fmt: skip
+
+
+def _default_processes(input_bytes: int) -> int:
+    useful = 1 + input_bytes // _BYTES_PER_PROCESS
+    # The cores that this process may use, where the system tells; else all.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, useful, _MAX_DEFAULT_PROCESSES)
 
 
 def _load_tokenizer(args: argparse.Namespace) -> tuple[str, Encoder]:

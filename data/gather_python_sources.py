@@ -107,11 +107,10 @@ def gather(output_dir: Path, limit_bytes: int) -> tuple[list[tuple[Path, Path]],
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Gather the source code of Python's standard library as text to train on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Gather the source code of Python's standard library as text to train on."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make, with train/ and heldout/ in it")
-    parser.add_argument("--limit_mb", type=float, default=6.0, help="megabytes of text to gather at most")
+    parser.add_argument("--limit_mb", type=float, default=6.0, help="megabytes at most (default: %(default)s)")
     return parser
 
 

@@ -52,16 +52,14 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, mask_token: bool 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer on text.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer on text.")
     add = parser.add_argument
     add("--base_dir", required=True, help="folder of text, searched with its subfolders, or one file; local or gs://")
     add("--output_dir", required=True, help=f"folder for {OUTPUT_NAME}; nothing else in it is touched")
     add("--file_type", help='only files whose names end in this ("txt") or match this glob (default: all formats)')
-    add("--vocab_size", type=int, default=32768, help="size of the vocabulary, special tokens included")
+    add("--vocab_size", type=int, default=32768, help="special tokens included (default: %(default)s)")
     add("--mask_token", action="store_true", help=f"reserve id 2 for {MASK} (masked language modelling)")
-    add("--json_key", default="text", help="the key that holds the text of a JSON document")
+    add("--json_key", default="text", help="the key of a JSON document's text (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a tokenizer that is there already")
     return parser
 

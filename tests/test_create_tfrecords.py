@@ -1,5 +1,6 @@
 """data/create_tfrecords.py: every token accounted for, whatever the files, formats and processes."""
 
+import gzip
 import json
 import random
 import re
@@ -270,6 +271,22 @@ def test_the_dataset_config_names_what_was_made(run: Run, tmp_path: Path, tokeni
     assert run("--write_dataset_config", str(path)) == 0
     path.write_text("{}")
     assert run("--write_dataset_config", str(path)) == 2 and "exists with other content" in run.err
+
+
+def test_paths_with_a_scheme_go_through_gfile(run: Run, tmp_path: Path):
+    """file:// stands for gs:// here: both are opened by tf.io.gfile only."""
+    write_texts(run.input, random_documents(7, seed=5))
+    for suffix, content in ((".jsonl.gz", gzip.compress(b'"zipped"')), (".tar", b""), (".zip", b"garbage")):
+        (run.input / f"more{suffix}").write_bytes(content)
+    assert run("--files_per", "3") == 0
+    local, problems = run.records(), run.manifest["problems"]
+    flags = ["--input_dir", f"file://{run.input}", "--output_dir", f"file://{tmp_path}/remote", "--files_per", "3"]
+    assert run(*flags) == 0
+    run.output = tmp_path / "remote"
+    assert run.records() == local and run.manifest["problems"] == problems and len(problems) == 2
+    assert {path.name for path in run.output.iterdir()} == {*run.files, "set.manifest.json"}
+    assert run(*flags) == 0 and "nothing to do" in run.out
+    assert run(*flags, "--input_dir", f"file://{run.input}/more.jsonl.gz", "--name", "one") == 0
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,4 @@ def test_plain_ascii_is_never_mended():
 
 def test_wikitext_is_closed_up():
     spaced = ' = Title = \n 1 @,@ 000 people , half @-@ asleep ( it \'s " said " ) ; 2 @.@ 5 N is odd . \n'
-    assert detokenize_wikitext(
-        spaced
-    ) == '= Title =\n1,000 people, half-asleep (it\'s "said"); 2.5 N is odd.\n'.replace("= Title =", " = Title =")
+    assert detokenize_wikitext(spaced) == ' = Title =\n1,000 people, half-asleep (it\'s "said"); 2.5 N is odd.\n'
