@@ -19,6 +19,8 @@ from models.context import Context
 from models.dims import make_dims
 from tests.tiny import MtfSession, random_tokens, write_tfrecords
 
+pytestmark = pytest.mark.slow  # PyTorch, transformers and TensorFlow in a process of their own
+
 REFERENCE = Path(__file__).with_name("parity_reference.py")
 TOLERANCE = 1e-4
 
