@@ -70,10 +70,9 @@ def test_weight_decay_goes_by_name() -> None:
 @pytest.mark.parametrize(("mesh_shape", "layout"), [("x:1", ""), ("x:2", "rows:x")])
 def test_global_norm(mesh_shape: str, layout: str) -> None:
     def build(mesh: mtf.Mesh) -> mtf.Tensor:
-        matrix = mtf.import_tf_tensor(
-            mesh, np.array([[3], [-4]], np.float32), mtf.Shape([mtf.Dimension("rows", 2), ONE])
-        )
-        vector = mtf.import_tf_tensor(mesh, np.array([12], np.float32), mtf.Shape([ONE]))
+        rows, one = mtf.Dimension("rows", 2), mtf.Dimension("one", 1)
+        matrix = mtf.import_tf_tensor(mesh, np.array([[3], [-4]], np.float32), mtf.Shape([rows, one]))
+        vector = mtf.import_tf_tensor(mesh, np.array([12], np.float32), mtf.Shape([one]))
         return optimizers.global_norm([matrix, vector])
 
     assert MtfSession(mesh_shape, layout).run(build) == pytest.approx(13.0)
