@@ -1,7 +1,7 @@
 """Documents to token ids on several processes, in the order of the documents.
 
-Measured on 2 cores with GPT-2's vocabulary, `tokenizers`' own threads and two processes tokenise equally fast; but
-mending text (ftfy) is Python, which threads can't share, so that processes carry both.
+`tokenizers` has threads of its own (GPT-2's vocabulary, source code: 1.05 MB/s on one core, 2.4 on two), but what
+ftfy has to look at, at about 1 MB/s, is mended in Python, which threads can't share: processes speed up both.
 """
 
 from collections import deque
