@@ -44,7 +44,7 @@ quickstart: $(RUNTIME) | $(TFRECORDS)/train.done $(TFRECORDS)/heldout.done ## tr
 	$(VENV_PYTHON) main.py --model quickstart --eval
 	$(VENV_PYTHON) main.py --model quickstart --predict --prompt configs/quickstart_prompts.txt \
 		--temperature 0.7 --max_new_tokens 80
-	$(VENV_PYTHON) quickstart_summary.py
+	$(VENV_PYTHON) summarize.py --model quickstart
 
 test: env ## run every test (ARGS="..." goes to pytest)
 	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --timeout $(TIMEOUT) $(ARGS)

@@ -23,7 +23,7 @@ from model_fns import Run, make_model_fn
 from models.dims import TENSORS, layout_sizes
 from sample import Sampling
 from training.checkpoints import latest_step
-from training.hooks import StopOnSignal
+from training.hooks import BatchBar, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
                 "%s is at step %d, train_steps is %d: nothing to do", config.model_path, step, config.train_steps
             )
             return 0
-        inputs.verify_inputs(config, job.special, evaluate=evaluates)
+        for evaluate_too in [False, True][: 1 + evaluates]:
+            inputs.verify_inputs(config, job.special, evaluate=evaluate_too)
         if step:
             logger.info("resuming from step %d", step)
         estimator = job.estimator()
@@ -175,7 +176,7 @@ def _evaluate(job: Job, estimator: tf.estimator.tpu.TPUEstimator, steps: int) ->
     token_bytes = evaluation.token_byte_lengths(config)
     input_fn = inputs.eval_input_fn(config, job.special, steps, token_bytes)
     with explained(config):
-        sums = estimator.evaluate(input_fn, steps=steps, hooks=[evaluation.BatchBar(steps, f"eval {config.name}")])
+        sums = estimator.evaluate(input_fn, steps=steps, hooks=[BatchBar(f"eval {config.name}", steps)])
     result = evaluation.summarize(sums, knows_bytes=token_bytes is not None)
     evaluation.report(result, config.model_path, job.args.sacred_id)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow.compat.v1 as tf
-from tqdm import tqdm
 
 from config import ModelConfig
 from data.encoders import load_encoder
@@ -54,16 +53,3 @@ def report(result: Mapping[str, Any], model_path: str, sacred_id: str) -> None:
     print(line, flush=True)
     with tf.io.gfile.GFile(os.path.join(model_path, f"eval_{sacred_id}.jsonl"), "a") as file:
         file.write(line + "\n")
-
-
-class BatchBar(tf.train.SessionRunHook):
-    """A progress bar over the batches of an evaluation."""
-
-    def __init__(self, total: int, title: str):
-        self._bar = tqdm(total=total, desc=title, unit="batch", dynamic_ncols=True)
-
-    def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
-        self._bar.update(1)
-
-    def end(self, session: tf.Session) -> None:
-        self._bar.close()

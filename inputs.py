@@ -19,7 +19,7 @@ from data_sources import Source, resolve_sources, verify_inputs
 from dataset_report import DatasetReport, check_dataset
 from errors import UserError
 from input_errors import explain_input_error, require
-from tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader
+from tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
 
 __all__ = [
     "SAMPLING",
@@ -114,9 +114,11 @@ def eval_input_fn(
 
 
 def predict_input_fn(prompts: Sequence[Sequence[int]], batch_size: int, length: int, padding_id: int) -> InputFn:
-    """Prompts to continue: {"inputs": int32 [batch, length], "prompt_length": int32 [batch]}, in their order.
+    """Prompts to continue, in their order.
 
-    Inputs are filled up with `padding_id` on the right; the last batch with prompts of one padding token.
+    Features: "inputs" int32 [batch, length], filled up with `padding_id` on the right; "prompt_length" int32 [batch];
+    "prompt_number" int32 [batch], counted from 0. The last batch is filled up with padding of the full length, which
+    leaves nothing to continue.
 
     Raises:
         UserError: where there is no prompt, or one is empty or longer than `length`.
@@ -128,14 +130,15 @@ def predict_input_fn(prompts: Sequence[Sequence[int]], batch_size: int, length: 
             raise UserError(f"prompt {number} holds {len(prompt)} tokens; it must hold between 1 and {length}")
     rows = -(-len(prompts) // batch_size) * batch_size
     inputs = np.full([rows, length], padding_id, np.int32)
-    lengths = np.ones(rows, np.int32)
+    lengths = np.full(rows, length, np.int32)
     for row, prompt in enumerate(prompts):
         inputs[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
 
     def input_fn(params: Mapping[str, Any]) -> tf.data.Dataset:
-        examples = tf.data.Dataset.from_tensor_slices({"inputs": inputs, "prompt_length": lengths})
-        return examples.batch(batch_size, drop_remainder=True)
+        numbers = np.arange(rows, dtype=np.int32)
+        features = {"inputs": inputs, "prompt_length": lengths, "prompt_number": numbers}
+        return tf.data.Dataset.from_tensor_slices(features).batch(batch_size, drop_remainder=True)
 
     return input_fn
 
@@ -288,7 +291,7 @@ def _records_in_file_order(source: Source) -> tf.data.Dataset:
 
 def _parse(serialized: tf.Tensor, source: Source) -> tf.RaggedTensor:
     """string [records] -> int64 [records, (tokens)], every id checked."""
-    text = tf.io.parse_example(serialized, {FEATURE: tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)})[FEATURE]
+    text = parse_text(serialized)
     is_there = require(
         tf.reduce_all(tf.strings.length(serialized) > 0),
         f"{source.title}: a file of {source.key} holds fewer records than its name says; --check_dataset names it",

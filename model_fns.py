@@ -250,7 +250,7 @@ def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.est
         one = graph.context(position=position, states=dict(zip(names, states, strict=True)))
         return gpt.logits(one, token), [one.states[name] for name in names]
 
-    key = make_key(graph.mesh, run.sampling.seed, features["batch_number"])
+    key = make_key(graph.mesh, run.sampling.seed, features["prompt_number"][0])
     states = [whole.states[name] for name in names]
     tokens, lengths = decode(batch["inputs"], batch["prompt_length"], states, step, key, run.sampling, run.eos_id)
     # anonymous dimensions, which no layout splits, so that every row leaves whole

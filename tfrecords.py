@@ -44,6 +44,11 @@ def find_files(pattern: str, key: str, dataset_id: str) -> list[str]:
         raise UserError(
             f'{key} "{pattern}" of dataset "{dataset_id}" matches no file; give the path or glob of its tfrecords'
         )
+    if len(files) == 1 and tf.io.gfile.isdir(files[0]):
+        raise UserError(
+            f'{key} "{pattern}" of dataset "{dataset_id}" is a folder; give the glob of its files, for example '
+            f'"{pattern.rstrip("/")}/*.tfrecords"'
+        )
     return sorted(files, key=_numeric_order)
 
 
@@ -91,6 +96,12 @@ def unreadable(path: str, reason: str) -> UserError:
     return UserError(f"{path} can't be read: {reason}; make or copy this file again")
 
 
+def parse_text(serialized: tf.Tensor) -> tf.RaggedTensor:
+    """string [records] -> int64 [records, (tokens)]: token ids; a record without the feature gives none."""
+    tokens = tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)
+    return tf.io.parse_example(serialized, {FEATURE: tokens})[FEATURE]
+
+
 @dataclass(frozen=True)
 class Records:
     """Some consecutive records of a file."""
@@ -120,9 +131,7 @@ class TokenReader:
 
     @staticmethod
     def _parse(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        text = tf.io.parse_example(serialized, {FEATURE: tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)})[
-            FEATURE
-        ]
+        text = parse_text(serialized)
         file_bytes = tf.reduce_sum(tf.strings.length(serialized) + _FRAMING_BYTES)
         return text.flat_values, text.row_lengths(), file_bytes
 
@@ -137,7 +146,8 @@ class TokenReader:
         except tf.errors.InvalidArgumentError as error:
             raise UserError(f"{path}: a record is no tf.train.Example with an int64 `{FEATURE}`; {EXPECTED}") from error
         except tf.errors.OpError as error:
-            raise unreadable(path, error.message.splitlines()[0]) from error
+            # The reason stands between where the graph was built and the names of its nodes.
+            raise unreadable(path, error.message.split("\n\t [[")[0].splitlines()[-1]) from error
 
     def __enter__(self) -> "TokenReader":
         return self

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
+from mesh.dense import linear
 from mesh.operations import cache_update
 from models.context import Context
 
@@ -26,7 +27,7 @@ def attention(ctx: Context, x: mtf.Tensor, kind: str) -> mtf.Tensor:
         mixed = ATTENTION[kind](ctx, q, k, v)
         mixed = mtf.reshape(mixed, mtf.Shape([*ctx.activation_dims, folded]))
         o = ctx.normal("o", [folded, embd], (heads.size * dims.features_per_head.size) ** -0.5)
-        out = mtf.einsum([mixed, o], mtf.Shape([*ctx.activation_dims, embd]))
+        out = linear(mixed, o)
         with tf.variable_scope("compute_output_bias"):
             out += ctx.constant("o_b", [embd], 0.0)
         return ctx.dropout(out, ctx.config.res_dropout, "res_dropout")
@@ -36,8 +37,7 @@ def _project(ctx: Context, x: mtf.Tensor, name: str, stddev: float) -> mtf.Tenso
     """[..., embd] -> [..., heads, features_per_head]"""
     dims = ctx.dims
     kernel = ctx.normal(name, [dims.embd, dims.heads_folded], stddev)
-    projected = mtf.einsum([x, kernel], mtf.Shape([*ctx.activation_dims, dims.heads_folded]))
-    return mtf.reshape(projected, mtf.Shape([*ctx.activation_dims, dims.heads, dims.features_per_head]))
+    return mtf.reshape(linear(x, kernel), mtf.Shape([*ctx.activation_dims, dims.heads, dims.features_per_head]))
 
 
 def global_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:

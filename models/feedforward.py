@@ -5,6 +5,7 @@ import math
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
+from mesh.dense import linear
 from models.activations import activation
 from models.context import Context
 
@@ -17,7 +18,7 @@ def dense(ctx: Context, x: mtf.Tensor, out: mtf.Dimension, name: str, stddev: fl
     with tf.variable_scope(name):
         kernel = ctx.normal("kernel", [in_dim, out], stddev)
         bias = ctx.constant("bias", [out], 0.0)
-    return mtf.einsum([x, kernel], x.shape - in_dim + out) + bias
+    return linear(x, kernel) + bias
 
 
 def mlp(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:

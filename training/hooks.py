@@ -54,6 +54,25 @@ class StopOnSignal(tf.train.SessionRunHook):
         return self  # Estimator copies its parameters; a copy would not hear the signal
 
 
+def progress_bar(title: str, unit: str, total: int, first: int = 0) -> tqdm:
+    """A bar on standard error: redrawn in a terminal, a line every ten seconds in a log."""
+    often = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, initial=first, desc=title, unit=unit, dynamic_ncols=True, mininterval=often)
+
+
+class BatchBar(tf.train.SessionRunHook):
+    """A progress bar over the batches of an evaluation."""
+
+    def __init__(self, title: str, total: int):
+        self._bar = progress_bar(title, "batch", total)
+
+    def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
+        self._bar.update(1)
+
+    def end(self, session: tf.Session) -> None:
+        self._bar.close()
+
+
 class ProgressHook(tf.train.SessionRunHook):
     """One progress line, and every step's metrics in TensorBoard and in `<model_path>/metrics.jsonl`."""
 
@@ -73,14 +92,7 @@ class ProgressHook(tf.train.SessionRunHook):
             return
         self._writer = tf.summary.FileWriterCache.get(self._config.model_path)
         self._log = tf.io.gfile.GFile(os.path.join(self._config.model_path, METRICS_FILE), "a")
-        self._bar = tqdm(
-            total=self._config.train_steps,
-            initial=first,
-            desc=f"train {self._config.name}",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        )
+        self._bar = progress_bar(f"train {self._config.name}", "step", self._config.train_steps, first)
 
     def before_run(self, run_context: tf.train.SessionRunContext) -> tf.train.SessionRunArgs:
         return tf.train.SessionRunArgs(self._metrics)

@@ -1,0 +1,93 @@
+"""Sum up a trained and evaluated model: `python summarize.py --model NAME`."""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from config import ModelConfig, load_model_config, read_text
+from errors import UserError, exits_cleanly
+
+_LAST_STEPS = 50  # the training loss is the mean of so many steps
+
+
+def unigram_losses(config: ModelConfig) -> float:
+    """Cross entropy, in nats per token, of the evaluation's labels under the training tokens' frequencies.
+
+    Add-one smoothed. What a model scores that knows how common each token is and nothing of the context.
+    """
+    train, held_out = (_label_counts(config, key) for key in ("path", "eval_path"))
+    log_frequencies = np.log((train + 1) / (train + 1).sum())
+    return float(-(held_out * log_frequencies).sum() / held_out.sum())
+
+
+def _label_counts(config: ModelConfig, key: str) -> np.ndarray:
+    """How often each id is a label in the files that `path` or `eval_path` names: float64 [n_vocab]."""
+    from tfrecords import TokenReader, find_files
+
+    counts = np.zeros(config.n_vocab)
+    with TokenReader() as reader:
+        for source in config.datasets:
+            for path in find_files(getattr(source.dataset, key), key, source.dataset.id):
+                for records in reader.read(path):
+                    starts = np.cumsum(records.lengths) - records.lengths
+                    labels = np.delete(records.tokens, starts[records.lengths > 0])
+                    counts += np.bincount(labels[labels < config.n_vocab], minlength=config.n_vocab)
+    return counts
+
+
+def _json_lines(path: str, what_to_do: str) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in read_text(path).splitlines()]
+    except UserError as error:
+        raise UserError(f"{path} cannot be read; {what_to_do}") from error
+
+
+def summary(config: ModelConfig, sacred_id: str) -> list[tuple[str, str]]:
+    """(what, value) lines about the run in `model_path`; UserError where it was not trained or not evaluated."""
+    name = config.name
+    metrics = _json_lines(os.path.join(config.model_path, "metrics.jsonl"), f"run main.py --model {name} first")
+    evaluations = _json_lines(
+        os.path.join(config.model_path, f"eval_{sacred_id}.jsonl"), f"run main.py --model {name} --eval first"
+    )
+    result = evaluations[-1]
+    steps = int(metrics[-1]["step"])
+    train_loss = statistics.mean(line["cross_entropy"] for line in metrics[-_LAST_STEPS:])
+    speed = statistics.median(line["tokens_per_second"] for line in metrics)
+    unigram = unigram_losses(config)
+    bits_per_byte = result["bits_per_byte"]
+    lines = [
+        ("trained", f"{steps:,} steps, {steps * config.tokens_per_batch:,} tokens, {speed:,.0f} tokens/s"),
+        ("training loss", f"{train_loss:.3f} nats per token (mean of the last {min(_LAST_STEPS, steps)} steps)"),
+        ("held-out loss", f"{result['cross_entropy']:.3f} nats per token, over {result['tokens']:,} tokens"),
+        ("unigram model", f"{unigram:.3f} nats per token, on the same tokens; perplexity {math.exp(unigram):,.1f}"),
+        ("perplexity", f"{result['perplexity']:,.1f}"),
+        ("bits per byte", "unknown to this tokenizer" if bits_per_byte is None else f"{bits_per_byte:.3f}"),
+        ("checkpoints", config.model_path),
+        ("curves", f"{os.path.relpath(sys.executable)[: -len('python')]}tensorboard --logdir {config.model_path}"),
+    ]
+    return lines
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the summary of the model that `argv` names."""
+    parser = argparse.ArgumentParser(prog="summarize.py", description="Sum up a trained and evaluated model.")
+    parser.add_argument("--model", required=True, help="name of a config in configs/, or the path of a .json file")
+    parser.add_argument("--sacred_id", default="", help="whose evaluation to read")
+    args = parser.parse_args(argv)
+    config = load_model_config(args.model)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for what, value in summary(config, args.sacred_id):
+        print(f"{what:>14}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
