@@ -26,7 +26,7 @@ def interleave_schedule(weights: Sequence[float]) -> np.ndarray:
 
     At every point of the endlessly repeated cycle a dataset has given its share of the samples, to within one sample.
     Its m-th sample belongs in the slots floor(m / share) ... ceil((m + 1) / share) - 1, and serving the earliest
-    deadline first meets all of these. (Srinivasan and Anderson 2002, "Optimal rate-based scheduling", one processor.)
+    deadline first meets all of these (Baruah et al. 1996, "Proportionate progress", on one processor).
     """
     parts = _whole_parts(weights)
     cycle = sum(parts)

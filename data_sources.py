@@ -38,12 +38,18 @@ class Source:
         """What messages call it."""
         return f'dataset "{self.name}"'
 
+    def _no_record(self) -> UserError:
+        return UserError(
+            f"{self.key} of {self.title} matches {self.files[0]} and so on, {len(self.files)} in all, without one "
+            "record; make these files again"
+        )
+
     @cached_property
     def counts(self) -> list[int]:
         """Records in each file; UserError where there is none at all."""
         counts = count_records(self.files)
         if not sum(counts):
-            raise UserError(f"{self.key} of {self.title}: its {len(self.files)} files hold no record")
+            raise self._no_record()
         return counts
 
     @cached_property
@@ -53,7 +59,7 @@ class Source:
             tokens = first_tokens(path)
             if tokens is not None:
                 return path, tokens
-        raise UserError(f"{self.key} of {self.title}: its {len(self.files)} files hold no record")
+        raise self._no_record()
 
     @cached_property
     def windows_per_record(self) -> int:

@@ -119,6 +119,8 @@ def check_dataset(config: ModelConfig) -> DatasetReport:
     missing = [f'"{source.dataset.id}"' for source in config.datasets if not source.dataset.eval_path]
     if missing:
         notes.append(f"no eval_path, so nothing to evaluate on: {', '.join(missing)}")
+    if not splits:
+        notes.append("datasets is empty")
     tallies = _read_all(config, special, splits)
     training_tokens = sum(tallies[pattern].tokens for _, key, pattern in splits if key == "path")
     reports = [
@@ -183,7 +185,7 @@ def _report(
     title += f", stitch {source.stitch}" if source.sampling_mode != "chunks" else ""
     title += f", {share:.1%} of the samples)" if key == "path" else ")"
     if not tally.records:
-        problems = tally.problems or [f"{key} {pattern}: its {tally.files} files hold no record"]
+        problems = tally.problems or [f"there is no record in these files ({tally.files} in all)"]
         return SplitReport(title, tally, (), tuple(problems))
     of_all = f", {tally.tokens / max(1, training_tokens):.1%} of all training tokens" if key == "path" else ""
     lengths = ", ".join(f"{part:.0%} {n}" for part, n in zip(_QUANTILES, tally.quantiles(), strict=True))

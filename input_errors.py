@@ -1,5 +1,6 @@
 """Mistakes in data that show only while it is read: assertions inside the input graph, and the sentences for them."""
 
+import logging
 import re
 
 import tensorflow.compat.v1 as tf
@@ -7,6 +8,8 @@ import tensorflow.compat.v1 as tf
 from config import ModelConfig
 from errors import UserError
 from tfrecords import FEATURE, TokenReader, find_files
+
+logger = logging.getLogger(__name__)
 
 _MARKED = re.compile(r"<input error>(.*?)</input error>", re.DOTALL)
 _OTHER_RECORD = re.compile(r"Could not parse example|Data types don't match")
@@ -50,6 +53,7 @@ def _find_damage(config: ModelConfig) -> UserError | None:
         for key, pattern in (("path", source.dataset.path), ("eval_path", source.dataset.eval_path))
         if pattern
     }
+    logger.info("looking for the file that can't be read")
     with TokenReader() as reader:
         try:
             for pattern in patterns:
