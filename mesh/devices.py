@@ -111,8 +111,7 @@ def tpu_mesh(graph: mtf.Graph, layout: MeshLayout, context: Any) -> tuple[mtf.Me
     impl = SimdMeshImpl(
         mtf.convert_to_shape(layout.mesh_shape),
         mtf.convert_to_layout_rules(layout.layout),
-        [""] * layout.size,
-        context.device_assignment,
+        device_assignment=context.device_assignment,
     )
     return mesh, impl
 
