@@ -11,9 +11,9 @@ import tensorflow.compat.v1 as tf
 from config import ModelConfig, make_model_config
 from data.encoders import SpecialIds
 from inputs import explain_input_error
+from mesh.devices import use_graph_mode
 
-tf.disable_v2_behavior()
-tf.enable_resource_variables()
+use_graph_mode()
 
 EOS, PADDING, N_VOCAB = 0, 1000, 1000
 SPECIAL = SpecialIds(EOS, PADDING)
@@ -75,11 +75,16 @@ def entry(pattern: Path | str, mode: str = "chunks", stitch: int = 1, weight: fl
     return [str(pattern), str(pattern), stitch, mode, weight]
 
 
-def plain_session() -> tf.Session:
-    """A session that does not optimize the graph: it reads few batches of each."""
+def plain_session_config() -> tf.ConfigProto:
+    """Without optimizing the graph, which takes longer than reading the few batches of a test."""
     config = tf.ConfigProto()
     config.graph_options.rewrite_options.disable_meta_optimizer = True
-    return tf.Session(config=config)
+    return config
+
+
+def plain_session() -> tf.Session:
+    """A session of that kind, on the default graph."""
+    return tf.Session(config=plain_session_config())
 
 
 def batches(input_fn: Any, number: int, batch_size: int = 4) -> list[dict[str, np.ndarray]]:

@@ -24,6 +24,7 @@ from tests.record_files import (
     entry,
     explained,
     numbered_chunks,
+    plain_session_config,
     write_records,
 )
 
@@ -115,17 +116,20 @@ def trivial_estimator(model_dir: Path, seen: dict[int, bytes], tpu: bool) -> tf.
             return tf.estimator.tpu.TPUEstimatorSpec(mode, loss=weight + 0.0, train_op=train_op, training_hooks=hooks)
         return tf.estimator.EstimatorSpec(mode, loss=weight + 0.0, train_op=train_op, training_hooks=hooks)
 
+    how: dict[str, Any] = {"model_dir": str(model_dir), "session_config": plain_session_config()}
     if tpu:
-        run_config = tf.estimator.tpu.RunConfig(model_dir=str(model_dir))
+        run_config = tf.estimator.tpu.RunConfig(**how)
         return tf.estimator.tpu.TPUEstimator(
             model_fn, config=run_config, use_tpu=False, train_batch_size=4, params={"layout": "none"}
         )
-    return tf.estimator.Estimator(model_fn, str(model_dir), params={"batch_size": 4})
+    return tf.estimator.Estimator(model_fn, config=tf.estimator.RunConfig(**how), params={"batch_size": 4})
 
 
-@pytest.mark.parametrize("tpu", [False, True], ids=["Estimator", "TPUEstimator"])
-def test_a_resumed_estimator_reads_what_an_uninterrupted_one_reads(chunks: Path, tmp_path: Path, tpu: bool) -> None:
-    config = mode_config(chunks, **MODES["mixture"])
+@pytest.mark.parametrize(("tpu", "mode"), [(False, "chunks"), (True, "mixture")], ids=["Estimator", "TPUEstimator"])
+def test_a_resumed_estimator_reads_what_an_uninterrupted_one_reads(
+    chunks: Path, tmp_path: Path, tpu: bool, mode: str
+) -> None:
+    config = mode_config(chunks, **MODES[mode])
     input_fn = train_input_fn(config, SPECIAL)
     straight = [batch["inputs"].tobytes() for batch in batches(input_fn, 9)]
     assert len(set(straight)) == 9

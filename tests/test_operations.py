@@ -60,11 +60,11 @@ def test_head_cross_entropy_and_its_gradients(mesh_shape: str, layout: str) -> N
     dc, dz = normal(3, BATCH, SEQUENCE), normal(4, BATCH, SEQUENCE)
 
     def build(mesh: mtf.Mesh) -> dict[str, mtf.Tensor]:
-        inputs = [given(mesh, hidden, BATCH, SEQUENCE, EMBD), given(mesh, table, VOCAB, EMBD)]
-        cross_entropy, log_z = head_cross_entropy(*inputs, given(mesh, labels, BATCH, SEQUENCE))
+        hidden_, table_ = given(mesh, hidden, BATCH, SEQUENCE, EMBD), given(mesh, table, VOCAB, EMBD)
+        cross_entropy, log_z = head_cross_entropy(hidden_, table_, given(mesh, labels, BATCH, SEQUENCE))
         total = mtf.reduce_sum(cross_entropy * given(mesh, dc, BATCH, SEQUENCE))
         total += mtf.reduce_sum(log_z * given(mesh, dz, BATCH, SEQUENCE))
-        d_hidden, d_table = mtf.gradients([total], inputs)
+        d_hidden, d_table = mtf.gradients([total], [hidden_, table_])
         return {"cross_entropy": cross_entropy, "log_z": log_z, "d_hidden": d_hidden, "d_table": d_table}
 
     got = MtfSession(mesh_shape, layout).run(build)

@@ -1,7 +1,6 @@
 """A folder with tiny records, a config and a model, and main.py run on it in this process."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,8 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 import main
+from tests.record_files import write_records
 from tests.tiny import TINY
-
-
-def write_records(path: Path, rows: Sequence[Sequence[int]]) -> None:
-    """One record of the feature `text` for each row of token ids."""
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for row in rows:
-            text = tf.train.Feature(int64_list=tf.train.Int64List(value=[int(token) for token in row]))
-            writer.write(tf.train.Example(features=tf.train.Features(feature={"text": text})).SerializeToString())
 
 
 class Workspace:
@@ -29,7 +21,7 @@ class Workspace:
         random = np.random.default_rng(0)
         length = changes.get("n_ctx", TINY["n_ctx"]) + 1
         for name, count in (("train", 64), ("eval", 10)):
-            write_records(directory / f"{name}_0_{count}.tfrecords", random.integers(2, 32, [count, length]))
+            write_records(directory / f"{name}_0_{count}.tfrecords", random.integers(2, 32, [count, length]).tolist())
         self.values = TINY | {
             "no_dataset": False,
             "datasets": [[str(directory / "train_*.tfrecords"), str(directory / "eval_*.tfrecords"), 1, "chunks", 1.0]],
