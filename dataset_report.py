@@ -191,7 +191,7 @@ def _report(
     lengths = ", ".join(f"{part:.0%} {n}" for part, n in zip(_QUANTILES, tally.quantiles(), strict=True))
     padding = special.padding_id if special else "unknown"
     lines = [
-        f"{tally.files} files, {tally.records:,} records, {tally.tokens:,} tokens{of_all}",
+        f"files {tally.files}, records {tally.records:,}, tokens {tally.tokens:,}{of_all}",
         f"token ids {tally.min_id} ... {tally.max_id} (n_vocab {config.n_vocab}, padding_id {padding})",
         f"tokens in a record: {lengths}",
         f"{tally.shorter_than(config.n_ctx + 1):,} records are shorter than n_ctx + 1 = {config.n_ctx + 1}",

@@ -45,7 +45,7 @@ def test_the_report_of_good_chunks(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert (evaluation.tally.records, evaluation.tally.min_id, evaluation.tally.max_id) == (3, 7, 1000)
     assert evaluation.tally.outside == 0  # padding is no stranger
     assert "training files" in train.title and "evaluation files" in evaluation.title
-    assert line(train, "files") == "2 files, 20 records, 100 tokens, 100.0% of all training tokens"
+    assert line(train, "files") == "files 2, records 20, tokens 100, 100.0% of all training tokens"
     assert line(train, "samples") == "20 samples of n_ctx + 1 tokens; 0 tokens (0.0%) unread"
     assert line(train, "begins") == "begins: ids 0, 1, 2, 3, 4"
     assert "the datasets fit the model" in report.text()
@@ -64,7 +64,7 @@ def test_shares_of_tokens_and_of_samples(tmp_path: Path) -> None:
     write_records(tmp_path / "a_0.tfrecords", numbered_chunks(0, 30))
     write_records(tmp_path / "b_0.tfrecords", numbered_chunks(0, 10))
     report = check_dataset(config_of([[str(tmp_path / f"{name}_*"), "", 1, "chunks", 0.5] for name in "ab"]))
-    assert [line(split, "files").split(", ")[-1] for split in report.splits] == [
+    assert [line(split, "files ").split(", ")[-1] for split in report.splits] == [
         "75.0% of all training tokens",
         "25.0% of all training tokens",
     ]
