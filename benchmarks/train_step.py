@@ -1,9 +1,9 @@
 """Seconds per training step, here and in PyTorch: python -m benchmarks.train_step (--small for a quick look).
 
 One run measures three things in turn, step by step, so that whatever else the machine does meets all of them alike:
-this project's step, in the graph that its Estimator runs; transformers' GPTNeoForCausalLM with torch.optim.AdamW, at the
-same sizes and on the same tokens; and a plain float32 matrix product, the machine's own speed. Each has a process of
-its own, so that thread pools and memory do not mix. docs/performance.md says what the numbers mean.
+this project's step, in the graph that its Estimator runs; transformers' GPTNeoForCausalLM with torch.optim.AdamW, of
+the same sizes and on the same tokens; and a plain float32 matrix product, the machine's own speed. Each has a process
+of its own, so that thread pools and memory do not mix. docs/performance.md says what the numbers mean.
 """
 
 import argparse
@@ -102,12 +102,22 @@ def mtf_step(sizes: Sizes) -> StepFn:
     return step
 
 
+def prepare_torch() -> None:
+    """All cores for PyTorch, on terms that suit a shared machine."""
+    # By default its threads spin at every barrier. Where another process holds a core, they spin through whole time
+    # slices, and a step of a small model takes fifty times as long; waiting costs nothing that shows where none does.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    torch.set_num_threads(num_cores())
+
+
 def torch_step(sizes: Sizes) -> StepFn:
     """A step of transformers' GPT-Neo: eager PyTorch, the fused AdamW."""
+    prepare_torch()
     import torch
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    torch.set_num_threads(num_cores())
     torch.manual_seed(1)
     config = GPTNeoConfig(
         vocab_size=sizes.vocabulary,
@@ -141,9 +151,9 @@ def torch_step(sizes: Sizes) -> StepFn:
 
 def sgemm_step(sizes: Sizes) -> StepFn:
     """SGEMM_REPEATS products of square float32 matrices, whatever the sizes."""
+    prepare_torch()
     import torch
 
-    torch.set_num_threads(num_cores())
     left, right = (torch.randn(SGEMM_SIZE, SGEMM_SIZE) for _ in range(2))
     out = torch.empty_like(left)
 
