@@ -134,12 +134,12 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
             inputs.verify_inputs(config, job.special, evaluate=evaluate_too)
         if step:
             logger.info("resuming from step %d", step)
-        estimator = job.estimator()
+        estimator, input_fn = job.estimator(), inputs.train_input_fn(config, job.special)
         interval = args.steps_per_checkpoint if evaluates or predicts else config.train_steps
         while step < config.train_steps and stop.signum is None:
             target = min(config.train_steps, (step // interval + 1) * interval)
             with explained(config):
-                estimator.train(inputs.train_input_fn(config, job.special), max_steps=target)
+                estimator.train(input_fn, max_steps=target)
             step = latest_step(config.model_path)
             if evaluates and stop.signum is None:
                 _evaluate(job, estimator, config.eval_steps)
@@ -214,7 +214,7 @@ def explained(config: ModelConfig) -> Iterator[None]:
             "tokens_per_mb_per_replica or recompute_grad, or split more dimensions in layout"
         ) from error
     except (tf.errors.OpError, ValueError) as error:
-        explanation = inputs.explain_input_error(error)
+        explanation = inputs.explain_input_error(error, config)
         if explanation is None:
             raise
         raise explanation from error

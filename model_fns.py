@@ -17,7 +17,7 @@ from models import gpt
 from models.context import Context
 from models.dims import Dims, make_dims
 from sample import Sampling, decode
-from training.checkpoints import checkpoint_hook, verify_checkpoint
+from training.checkpoints import CheckpointHook, verify_checkpoint
 from training.hooks import ProgressHook, StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -106,28 +106,39 @@ def num_microbatches(config: ModelConfig, layout: MeshLayout) -> int:
 def _gradients(
     graph: _Graph, features: dict[str, mtf.Tensor], key: mtf.Tensor
 ) -> tuple[list[mtf.Tensor], dict[str, mtf.Tensor]]:
-    """Gradients of the mean objective for every trainable variable, and the mean losses, over all microbatches."""
-    count = num_microbatches(graph.run.config, graph.run.layout)
+    """Gradients of the mean objective for every trainable variable, and the mean losses, over all microbatches.
+
+    A label outside the vocabulary, such as the padding id of GPT-2, is not scored.
+    """
+    config, dims = graph.run.config, graph.dims
+    count = num_microbatches(config, graph.run.layout)
+
+    def scored(labels: mtf.Tensor) -> mtf.Tensor:
+        inside = mtf.logical_and(mtf.greater_equal(labels, 0), mtf.less(labels, config.n_vocab))
+        return mtf.cast(inside, tf.float32)
+
+    num_scored = mtf.maximum(mtf.reduce_sum(scored(features["labels"])), 1.0)
 
     def mean_losses(batch: dict[str, mtf.Tensor], dims: Dims, key: mtf.Tensor) -> dict[str, mtf.Tensor]:
         per_token = gpt.losses(graph.context(dims, dropout_key=key), batch["inputs"], batch["labels"])
+        weights = scored(batch["labels"])
         return {
-            "loss": mtf.reduce_mean(per_token.objective) / count,
-            "cross_entropy": mtf.reduce_mean(per_token.cross_entropy) / count,
+            "loss": mtf.reduce_sum(per_token.objective * weights) / num_scored,
+            "cross_entropy": mtf.reduce_sum(per_token.cross_entropy * weights) / num_scored,
         }
 
     if count == 1:
-        losses = mean_losses(features, graph.dims, key)
+        losses = mean_losses(features, dims, key)
         return mtf.gradients([losses["loss"]], [v.outputs[0] for v in graph.graph.trainable_variables]), losses
 
-    dims = make_dims(graph.run.config, graph.dims.batch.size // count)
+    microbatch_dims = make_dims(config, dims.batch.size // count)
     # serialize_training_step deals row b to microbatch b % count, so each microbatch can read its number off its rows
-    rows = mtf.mod(mtf.range(graph.mesh, graph.dims.batch, tf.int32), count)
+    rows = mtf.mod(mtf.range(graph.mesh, dims.batch, tf.int32), count)
 
     def microbatch(batch: dict[str, mtf.Tensor]) -> dict[str, mtf.Tensor]:
-        return mean_losses(batch, dims, fold_in(key, mtf.reduce_max(batch["microbatch"])))
+        return mean_losses(batch, microbatch_dims, fold_in(key, mtf.reduce_max(batch["microbatch"])))
 
-    return mtf.serialize_training_step(features | {"microbatch": rows}, microbatch, graph.dims.batch, count)
+    return mtf.serialize_training_step(features | {"microbatch": rows}, microbatch, dims.batch, count)
 
 
 def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
@@ -152,7 +163,8 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     verify_checkpoint(config.model_path, tf.global_variables())
 
     restore = mtf.MtfRestoreHook(lowering)
-    save = checkpoint_hook(config.model_path, run.steps_per_checkpoint, mtf.MtfCheckpointSaverListener(lowering))
+    to_masters = lowering.copy_slices_to_masters()
+    save = CheckpointHook(config.model_path, run.steps_per_checkpoint, lambda session: session.run(to_masters))
     host_call = None
     hooks: list[Any] = [run.stop, tf.train.NanTensorHook(metrics["loss"])]
     if run.devices is None:
@@ -212,7 +224,7 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
 
     return tf.estimator.tpu.TPUEstimatorSpec(
         tf.estimator.ModeKeys.EVAL,
-        loss=tensors["objective"][0] / tensors["tokens"][0],
+        loss=tensors["objective"][0] / tf.maximum(tensors["tokens"][0], 1.0),
         eval_metrics=(metric_fn, tensors),
         evaluation_hooks=[mtf.MtfRestoreHook(lowering)],
     )

@@ -16,6 +16,7 @@ from models.context import Context
 from models.dims import make_dims
 from sample import Sampling
 from tests.tiny import MtfSession, cpu_devices, random_tokens, tiny_config
+from training.checkpoints import CheckpointHook
 from training.hooks import StopOnSignal
 
 BATCH = 4
@@ -35,12 +36,13 @@ def first_step(folder: Path, mesh: tuple[str, str] = ("x:1", ""), **changes: Any
         features = {"inputs": tf.constant(TOKENS[:, :-1]), "labels": tf.constant(TOKENS[:, 1:])}
         spec = train_spec(run, features, {"batch_size": BATCH})
         hooks = {type(hook): hook for hook in spec.training_hooks}
-        restore, save = hooks[mtf.MtfRestoreHook], hooks[tf.train.CheckpointSaverHook]
+        restore, save = hooks[mtf.MtfRestoreHook], hooks[CheckpointHook]
         restore.begin()
         save.begin()
         with tf.Session(config=devices.session_config()) as session:
             session.run(tf.global_variables_initializer())
             restore.after_create_session(session, None)
+            save.after_create_session(session, None)
             loss, _ = session.run([spec.loss, spec.train_op])
             save.end(session)
     checkpoint = tf.train.load_checkpoint(str(folder))

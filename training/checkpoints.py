@@ -1,6 +1,7 @@
 """Checkpoint files of a model directory."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 
 import tensorflow.compat.v1 as tf
 
@@ -15,13 +16,51 @@ def latest_step(model_path: str) -> int:
     return 0 if path is None else int(tf.train.load_checkpoint(path).get_tensor("global_step"))
 
 
-def checkpoint_hook(
-    model_path: str, every_steps: int, listener: tf.train.CheckpointSaverListener
-) -> tf.train.CheckpointSaverHook:
-    """Saves `model.ckpt-N` (sharded, with relative paths) every so many steps, at the start and at the end."""
-    saver = tf.train.Saver(tf.global_variables(), sharded=True, max_to_keep=CHECKPOINTS_KEPT, save_relative_paths=True)
-    tf.add_to_collection(tf.GraphKeys.SAVERS, saver)
-    return tf.train.CheckpointSaverHook(model_path, save_steps=every_steps, saver=saver, listeners=[listener])
+class CheckpointHook(tf.train.SessionRunHook):
+    """Saves `model.ckpt-N` at the start of a run, every so many steps and at the end: sharded, with relative paths.
+
+    TensorFlow's own hook also writes the graph as text each time, which takes longer than all else for a graph that is
+    unrolled over many devices, and saves once more what was just restored. Make it when all variables exist.
+    """
+
+    def __init__(self, model_path: str, every_steps: int, before_save: Callable[[tf.Session], None]):
+        self._prefix = os.path.join(model_path, "model.ckpt")
+        self._model_path = model_path
+        self._every_steps = every_steps
+        self._before_save = before_save
+        self._saver = tf.train.Saver(sharded=True, max_to_keep=CHECKPOINTS_KEPT, save_relative_paths=True)
+        tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # where the Estimator looks for what restores
+
+    def begin(self) -> None:
+        self._step = tf.train.get_global_step()
+        state = tf.train.get_checkpoint_state(self._model_path)
+        if state is not None:  # so that the number kept counts earlier runs' checkpoints too
+            self._saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+
+    def after_create_session(self, session: tf.Session, coord: tf.train.Coordinator) -> None:
+        self._saved = latest_step(self._model_path)
+        if tf.train.latest_checkpoint(self._model_path) is None:
+            self._save(session, int(session.run(self._step)))
+
+    def before_run(self, run_context: tf.train.SessionRunContext) -> tf.train.SessionRunArgs:
+        return tf.train.SessionRunArgs(self._step)
+
+    def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
+        # the value fetched beside the training operation may be from before or after it
+        if run_values.results + 1 >= self._saved + self._every_steps:
+            step = int(run_context.session.run(self._step))
+            if step >= self._saved + self._every_steps:
+                self._save(run_context.session, step)
+
+    def end(self, session: tf.Session) -> None:
+        step = int(session.run(self._step))
+        if step != self._saved:
+            self._save(session, step)
+
+    def _save(self, session: tf.Session, step: int) -> None:
+        self._before_save(session)
+        self._saver.save(session, self._prefix, global_step=step)
+        self._saved = step
 
 
 def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None:
