@@ -14,12 +14,12 @@ import tensorflow.compat.v1 as tf
 from config import ModelConfig
 from data.encoders import SpecialIds
 from data.encoders import special_ids as default_special_ids
-from data_order import draw_below, interleave_schedule, ordered_records, samples_before, stream_key, turns
-from data_sources import Source, resolve_sources, verify_inputs
-from dataset_report import DatasetReport, check_dataset
 from errors import UserError
-from input_errors import explain_input_error, require
-from tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
+from input_pipeline.errors import explain_input_error, require
+from input_pipeline.order import draw_below, interleave_schedule, ordered_records, samples_before, stream_key, turns
+from input_pipeline.report import DatasetReport, check_dataset
+from input_pipeline.sources import Source, resolve_sources, verify_inputs
+from input_pipeline.tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
 
 __all__ = [
     "SAMPLING",

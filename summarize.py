@@ -29,7 +29,7 @@ def unigram_losses(config: ModelConfig) -> float:
 
 def _label_counts(config: ModelConfig, key: str) -> np.ndarray:
     """How often each id is a label in the files that `path` or `eval_path` names: float64 [n_vocab]."""
-    from tfrecords import TokenReader, find_files
+    from input_pipeline.tfrecords import TokenReader, find_files
 
     counts = np.zeros(config.n_vocab)
     with TokenReader() as reader:

@@ -8,7 +8,7 @@ import tensorflow.compat.v1 as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.encoders import load_encoder_from
-from dataset_report import DatasetReport, SplitReport, check_dataset
+from input_pipeline.report import DatasetReport, SplitReport, check_dataset
 from tests.record_files import (
     config_of,
     damage,

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-import tfrecords
 from errors import UserError
+from input_pipeline import tfrecords
+from input_pipeline.tfrecords import count_records, find_files
 from tests.record_files import write_records
-from tfrecords import count_records, find_files
 
 
 def test_files_come_in_numeric_order(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from config import DatasetSource, ModelConfig
 from data.encoders import SpecialIds, load_encoder, special_ids
 from errors import UserError
-from tfrecords import Records, TokenReader, count_in_name, count_records, find_files
+from input_pipeline.tfrecords import Records, TokenReader, count_in_name, count_records, find_files
 
 _SAMPLE_IDS, _SAMPLE_CHARACTERS = 200, 200
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

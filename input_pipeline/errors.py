@@ -7,7 +7,7 @@ import tensorflow.compat.v1 as tf
 
 from config import ModelConfig
 from errors import UserError
-from tfrecords import FEATURE, TokenReader, find_files
+from input_pipeline.tfrecords import FEATURE, TokenReader, find_files
 
 logger = logging.getLogger(__name__)
 

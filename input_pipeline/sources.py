@@ -9,7 +9,7 @@ from typing import TypeVar
 from config import DatasetSource, ModelConfig
 from data.encoders import SpecialIds
 from errors import UserError
-from tfrecords import TokenReader, count_records, find_files, first_tokens
+from input_pipeline.tfrecords import TokenReader, count_records, find_files, first_tokens
 
 logger = logging.getLogger(__name__)
 

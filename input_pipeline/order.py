@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from tfrecords import READ_BUFFER_BYTES
+from input_pipeline.tfrecords import READ_BUFFER_BYTES
 
 # Records are shuffled within consecutive blocks of this many: a bounded memory, and a position can be sought.
 BLOCK_RECORDS = 4096
