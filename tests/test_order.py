@@ -9,7 +9,6 @@ import tensorflow.compat.v1 as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from input_pipeline import order
 from input_pipeline.order import interleave_schedule, ordered_records
 from tests.record_files import numbered_chunks, plain_session, write_records
 
@@ -53,7 +52,7 @@ def record_numbers(
 def test_every_epoch_is_another_permutation_and_any_position_can_be_sought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(order, "BLOCK_RECORDS", 4)
+    monkeypatch.setattr("input_pipeline.order.BLOCK_RECORDS", 4)
     counts = [3, 0, 7, 1]
     numbers = np.cumsum([0, *counts])
     files = [
