@@ -17,7 +17,8 @@ from mesh import mtf
 from models import gpt
 from models.context import Context
 from models.dims import make_dims
-from tests.tiny import MtfSession, random_tokens, write_tfrecords
+from tests.record_files import write_records
+from tests.tiny import MtfSession, random_tokens
 
 pytestmark = pytest.mark.slow  # PyTorch, transformers and TensorFlow in a process of their own
 
@@ -26,7 +27,7 @@ TOLERANCE = 1e-4
 
 # Sizes that differ from each other, so that a transposed or mixed-up dimension shows.
 N_VOCAB, N_CTX, N_EMBD, N_LAYER = 67, 12, 24, 2
-TRAIN_STEPS = 60
+TRAIN_STEPS = 120
 SETTINGS = {
     "n_head": 3,
     "n_embd": N_EMBD,
@@ -34,7 +35,7 @@ SETTINGS = {
     "n_ctx": N_CTX,
     "n_vocab": N_VOCAB,
     "attention_types": [[["global"], N_LAYER]],
-    "lr": 0.05,  # high, so that a second of training takes the weights to where the activations and the softmax bend
+    "lr": 0.03,  # high, so that seconds of training take the weights to where gelu and the softmax bend
     "weight_decay": 0.1,
     "gradient_clipping": 1.0,
     "train_batch_size": 4,
@@ -66,7 +67,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("parity")
-    write_tfrecords(folder / "text_0_24.tfrecords", random_tokens(24, N_CTX + 1, vocab=N_VOCAB))
+    write_records(folder / "text_0_24.tfrecords", random_tokens(24, N_CTX + 1, vocab=N_VOCAB).tolist())
     settings = SETTINGS | {
         "datasets": [[str(folder / "*.tfrecords"), "", 1, "chunks", 1.0]],
         "model_path": str(folder / "model"),
@@ -118,7 +119,7 @@ def test_logits(trained: Trained, ours: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("mistake", ["exact_gelu", "scaled_queries"])
 def test_logits_would_tell_a_mistake(trained: Trained, mistake: str) -> None:
     difference = np.abs(trained.reference[f"wrong/{mistake}"] - trained.reference["logits"])
-    assert difference.max() > 10 * TOLERANCE
+    assert difference.max() > 5 * TOLERANCE
 
 
 def test_losses(trained: Trained, ours: dict[str, np.ndarray]) -> None:
@@ -133,8 +134,8 @@ def test_gradient_of_every_variable(trained: Trained, ours: dict[str, np.ndarray
     for name in names:
         expected = trained.reference[name]
         largest = np.abs(expected).max()
-        assert 1e-3 < largest < 1  # so that a share of it is stricter than the same number would be, and still tells
-        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=TOLERANCE * largest, err_msg=name)
+        assert largest > 10 * TOLERANCE, f"{name}: too small to tell anything"
+        np.testing.assert_allclose(ours[name], expected, rtol=0, atol=TOLERANCE * min(1, largest), err_msg=name)
 
 
 def test_checkpoint_has_gpt_neos_variables(trained: Trained) -> None:

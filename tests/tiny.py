@@ -73,12 +73,3 @@ class MtfSession:
 
 def random_tokens(*shape: int, seed: int = 0, vocab: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, shape, dtype=np.int32)
-
-
-def write_tfrecords(path: Path, records: np.ndarray) -> None:
-    """A file of token ids [records, tokens], one record a row, as data/create_tfrecords.py would write it."""
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for tokens in records:
-            feature = tf.train.Feature(int64_list=tf.train.Int64List(value=tokens))
-            example = tf.train.Example(features=tf.train.Features(feature={"text": feature}))
-            writer.write(example.SerializeToString())
