@@ -3,10 +3,12 @@
 import logging
 import os
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 import tensorflow.compat.v1 as tf
 from mesh_tensorflow.placement_mesh_impl import PlacementMeshImpl
 from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
@@ -18,6 +20,7 @@ from mesh.layout import MeshLayout
 logger = logging.getLogger(__name__)
 
 _DEVICE = re.compile(r"^/?(?:device:)?(?P<kind>gpu|cpu):(?P<index>\d+)$", re.IGNORECASE)
+_TPU_PATIENCE = 15.0  # seconds for a server of a TPU to answer
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
             return LocalDevices(tuple(f"/device:GPU:{i}" for i in range(visible)))
         return LocalDevices(("/device:CPU:0",))
     names: list[str] = []
+    kinds = {match["kind"].upper() for given in gpu_ids if (match := _DEVICE.match(given))}
+    if len(kinds) > 1:
+        raise UserError(f"--gpu_ids {' '.join(gpu_ids)!r} mixes GPUs and CPUs; a mesh is made of one kind")
     for given in gpu_ids:
         match = _DEVICE.match(given)
         if match is None:
@@ -64,28 +70,46 @@ def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
         if name in names:
             raise UserError(f"--gpu_ids names {given!r} twice; name each device once")
         names.append(name)
-    if len({name.split(":")[1] for name in names}) > 1:
-        raise UserError(f"--gpu_ids {' '.join(gpu_ids)!r} mixes GPUs and CPUs; a mesh is made of one kind")
     return LocalDevices(tuple(names))
 
 
 def tpu_resolver(name: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
-    """The cluster behind `--tpu`; "colab" finds the TPU of a Colab notebook. Raises UserError when it cannot be had."""
+    """The cluster behind `--tpu`; "colab" finds the TPU of a Colab notebook. Raises UserError when it cannot be had,
+    within a minute: TensorFlow itself would wait for ever for an address where nobody answers."""
+    target = name
+    if name == "colab":
+        address = os.environ.get("COLAB_TPU_ADDR")
+        if not address:
+            raise UserError("--tpu 'colab': COLAB_TPU_ADDR is not set; choose a TPU runtime in the notebook's menu")
+        target = f"grpc://{address}"
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TPU_PATIENCE)  # which the metadata server is asked with
     try:
-        if name == "colab":
-            address = os.environ.get("COLAB_TPU_ADDR")
-            if not address:
-                raise UserError("--tpu 'colab': COLAB_TPU_ADDR is not set; choose a TPU runtime in the notebook's menu")
-            return tf.distribute.cluster_resolver.TPUClusterResolver(f"grpc://{address}")
-        return tf.distribute.cluster_resolver.TPUClusterResolver(name)
-    except UserError:
-        raise
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(target)
+        workers = [] if target == "local" else resolver.cluster_spec().job_tasks("worker")
     except Exception as error:  # the resolver raises whatever its HTTP and metadata clients raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"--tpu {name!r} cannot be found ({reason}); "
             "give the name of a TPU node of this project and zone, or its grpc:// address"
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    for worker in workers:
+        _require_answer(name, worker)
+    return resolver
+
+
+def _require_answer(name: str, address: str) -> None:
+    """UserError unless a gRPC server answers at `address` ("host:port")."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_TPU_PATIENCE)
+        except grpc.FutureTimeoutError as error:
+            raise UserError(
+                f"--tpu {name!r}: nothing answers at {address} within {_TPU_PATIENCE} seconds; check that the node is "
+                "READY and can be reached from here, or use --gpu_ids"
+            ) from error
 
 
 def local_mesh(graph: mtf.Graph, layout: MeshLayout, devices: LocalDevices) -> tuple[mtf.Mesh, mtf.MeshImpl]:
