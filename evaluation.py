@@ -11,6 +11,7 @@ import tensorflow.compat.v1 as tf
 
 from config import ModelConfig
 from data.encoders import load_encoder
+from errors import UserError
 
 TASK = "validation"
 
@@ -51,5 +52,12 @@ def report(result: Mapping[str, Any], model_path: str, sacred_id: str) -> None:
     """Print `result` as one JSON line and append it to `<model_path>/eval_<sacred_id>.jsonl`."""
     line = json.dumps(result)
     print(line, flush=True)
-    with tf.io.gfile.GFile(os.path.join(model_path, f"eval_{sacred_id}.jsonl"), "a") as file:
-        file.write(line + "\n")
+    path = os.path.join(model_path, f"eval_{sacred_id}.jsonl")
+    try:
+        with tf.io.gfile.GFile(path, "a") as file:
+            file.write(line + "\n")
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"{path!r} cannot be written ({error.message}); the result is the line above; make room or give yourself "
+            "the right to write there"
+        ) from error

@@ -33,14 +33,20 @@ def read_prompts(path: str | None, per_line: bool) -> list[str]:
     """The prompts of a file: all of it, or its parts between lines '---', or each of its lines."""
     if path is None:
         return [DEFAULT_PROMPT]
-    text = read_text(path)
+    try:
+        text = read_text(path)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
     if not text.strip():
         raise UserError(f"--prompt {path!r} is empty; write the text to continue into it")
     lines = text.removesuffix("\n").split("\n")
     if per_line:
         return [line for line in lines if line]
     groups = itertools.groupby(lines, key=lambda line: line.rstrip() == SEPARATOR)
-    return ["\n".join(group) for is_separator, group in groups if not is_separator]
+    prompts = ["\n".join(group) for is_separator, group in groups if not is_separator]
+    if not prompts:
+        raise UserError(f"--prompt {path!r} holds separators {SEPARATOR!r} alone; write the text to continue into it")
+    return prompts
 
 
 def encode_prompt(
@@ -92,7 +98,7 @@ def write(
     blocks = []
     for number, (prompt, ids, row) in enumerate(zip(prompts, encoded, rows, strict=False)):
         new_ids = row["tokens"][len(ids) : int(row["length"])].tolist()
-        block = _block(number, prompt, encoder.decode(new_ids), len(new_ids), as_json)
+        block = _block(number, prompt, _continuation(encoder, ids, new_ids), len(new_ids), as_json)
         print(block, file=stream, flush=True)
         blocks.append(block + "\n")
     try:
@@ -101,7 +107,15 @@ def write(
             file.write("".join(blocks))
         tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
     except tf.errors.OpError as error:
-        raise UserError(f"--output {path!r} cannot be written ({error.message}); choose another file") from error
+        raise UserError(
+            f"--output {path!r} cannot be written ({error.message}); the texts are above; choose another file"
+        ) from error
+
+
+def _continuation(encoder: Encoder, prompt: Sequence[int], new_ids: Sequence[int]) -> str:
+    """The text of `new_ids` behind the prompt; alone, some tokenizers leave out the space before its first word."""
+    whole, before = encoder.decode([*prompt, *new_ids]), encoder.decode(prompt)
+    return whole.removeprefix(before) if whole.startswith(before) else encoder.decode(new_ids)
 
 
 def _block(number: int, prompt: str, continuation: str, new_tokens: int, as_json: bool) -> str:
