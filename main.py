@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -62,10 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def read_config(args: argparse.Namespace) -> ModelConfig:
@@ -84,9 +85,17 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--tpu {args.tpu!r} and --gpu_ids {' '.join(args.gpu_ids)!r} exclude each other; give one of them"
         )
-    if args.temperature < 0:
+    if args.tpu is not None and not args.tpu.strip():
+        raise UserError("--tpu '' names no TPU; give its name or grpc:// address, or leave --tpu out for local devices")
+    if not re.fullmatch(r"[\w.-]*", args.sacred_id):
+        raise UserError(f"--sacred_id {args.sacred_id!r} names files; use letters, digits, '.', '-' and '_' only")
+    for action in ("eval", "predict", "check_dataset"):
+        if args.new and getattr(args, action):
+            raise UserError(f"--new deletes the model that --{action} needs; run without one of them")
+    if not 0 <= args.temperature < math.inf:
         raise UserError(
-            f"--temperature {args.temperature} is negative; use 0 for the likeliest token or a number above 0"
+            f"--temperature {args.temperature} is not a number from 0; use 0 for the likeliest token, 1 for the "
+            "model's own probabilities"
         )
     if args.top_k < 0:
         raise UserError(f"--top_k {args.top_k} is negative; use 0 to draw from all tokens")
@@ -98,7 +107,7 @@ def prepare_tensorflow() -> None:
     """Environment that TensorFlow reads when it is imported, and quiet for what a user need not see."""
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default in this build; half as much time a step
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("tensorflow").setLevel(logging.CRITICAL)  # what it logs as an error it raises as well
     from mesh.devices import use_graph_mode
 
     use_graph_mode()
@@ -111,8 +120,14 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
 
     if args.check_dataset:
         return commands.check_dataset(config)
+    from training.hooks import Stopped
+
     command: Any = commands.evaluate if args.eval else commands.predict if args.predict else commands.train
-    return command(args, config)
+    try:
+        return command(args, config)
+    except Stopped as stopped:
+        print("interrupted", file=sys.stderr)
+        return 128 + stopped.signum
 
 
 @exits_cleanly

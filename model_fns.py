@@ -18,7 +18,7 @@ from models.context import Context
 from models.dims import Dims, make_dims
 from sample import Sampling, decode
 from training.checkpoints import CheckpointHook, verify_checkpoint
-from training.hooks import ProgressHook, StopOnSignal
+from training.hooks import FiniteHook, ProgressHook, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
@@ -158,44 +158,43 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     update_ops = [lowering.lowered_operation(operation) for operation in updates]
     with tf.control_dependencies(update_ops):
         train_op = tf.assign_add(global_step, 1)
-    parameters = sum(variable.size for variable in graph.graph.trainable_variables)
-    _log_start(run, parameters)
+    _log_model(config, run.layout, sum(variable.size for variable in graph.graph.trainable_variables))
     verify_checkpoint(config.model_path, tf.global_variables())
 
     restore = mtf.MtfRestoreHook(lowering)
     to_masters = lowering.copy_slices_to_masters()
-    save = CheckpointHook(config.model_path, run.steps_per_checkpoint, lambda session: session.run(to_masters))
+    save = CheckpointHook(config.model_path, run.steps_per_checkpoint)
+    save.before.append(lambda session: session.run(to_masters))
     host_call = None
-    hooks: list[Any] = [run.stop, tf.train.NanTensorHook(metrics["loss"])]
+    hooks: list[Any] = []
     if run.devices is None:
         for name, value in metrics.items():
             tf.add_to_collection(mtf.utils.SCALAR_SUMMARIES_COLLECTION_KEY, (name, value))
         host_call = mtf.utils.create_host_call(config.model_path)
-        hooks = [run.stop]
     else:
-        hooks.append(ProgressHook(config, metrics))
+        progress = ProgressHook(config, metrics)
+        run.stop.closing.callback(progress.close)
+        save.before.append(progress.flush)
+        hooks = [FiniteHook(metrics), progress]
     return tf.estimator.tpu.TPUEstimatorSpec(
         tf.estimator.ModeKeys.TRAIN,
         loss=metrics["loss"],
         train_op=train_op,
         host_call=host_call,
-        training_hooks=[restore, save, *hooks],
+        training_hooks=[restore, *hooks, save, run.stop],  # `save` after what finds out that there is nothing to save
     )
 
 
-def _log_start(run: Run, parameters: int) -> None:
-    config, layout = run.config, run.layout
-    where = ", ".join(run.devices.names) if run.devices else f"{layout.size} TPU cores"
-    logger.info("model %s: %s parameters", config.name, f"{parameters:,}")
-    logger.info("devices: %s; mesh %s, layout %s", where, layout.mesh_shape, layout.layout or "(nothing split)")
+def _log_model(config: ModelConfig, layout: MeshLayout, parameters: int) -> None:
     count = num_microbatches(config, layout)
-    cut = f", in {count} microbatches" if count > 1 else ""
     logger.info(
-        "batch: %d sequences of %d = %s tokens%s",
+        "model %s: %s parameters; batch: %d sequences of %d = %s tokens%s",
+        config.name,
+        f"{parameters:,}",
         config.train_batch_size,
         config.n_ctx,
         f"{config.tokens_per_batch:,}",
-        cut,
+        f", in {count} microbatches" if count > 1 else "",
     )
 
 

@@ -10,10 +10,97 @@ from errors import UserError
 CHECKPOINTS_KEPT = 10  # GPT-Neo keeps ten
 
 
+def newest_checkpoint(model_path: str) -> str | None:
+    """The path, without suffix, of the checkpoint that `<model_path>/checkpoint` names; None where there is none.
+
+    TensorFlow takes checkpoints that it cannot find for none at all, and training would begin anew beside them.
+
+    Raises:
+        UserError: the folder holds checkpoints and does not say which is the newest, or lacks some of its files.
+    """
+    if not tf.io.gfile.exists(model_path):
+        return None
+    if not tf.io.gfile.isdir(model_path):
+        raise UserError(f"model_path {model_path!r} is a file; give the path of a folder")
+    state = os.path.join(model_path, "checkpoint")
+    present = sorted(_checkpoints_in(model_path), key=_step_in_name)
+    write = f"write the line 'model_checkpoint_path: \"{(present or ['model.ckpt-N'])[-1]}\"' into it"
+    if not tf.io.gfile.exists(state):
+        if all(_step_in_name(name) == 0 for name in present):  # the first one may have been interrupted
+            return None
+        raise UserError(
+            f"model_path {model_path!r} holds {present[-1]} but no file {state!r} that names it as the newest; {write}"
+        )
+    try:
+        found = tf.train.get_checkpoint_state(model_path)
+    except ValueError:  # the file names none
+        found = None
+    if found is None:
+        raise UserError(f"{state!r} names no checkpoint; {write}, or start again with --new")
+    path = str(found.model_checkpoint_path)
+    missing = _missing_files(path)
+    if missing:
+        raise UserError(f"{state!r} names {os.path.basename(path)!r}, but {missing!r} is not there; {_others(path)}")
+    return path
+
+
+def _checkpoints_in(folder: str) -> list[str]:
+    names = tf.io.gfile.listdir(folder)
+    return [name.removesuffix(".index") for name in names if name.startswith("model.ckpt-") and name.endswith(".index")]
+
+
+def _step_in_name(name: str) -> int:
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _missing_files(path: str) -> str | None:
+    """A file that the checkpoint `path` lacks."""
+    folder, base = os.path.split(path)
+    names = set(tf.io.gfile.listdir(folder)) if tf.io.gfile.exists(folder) else set()
+    if base in names:  # a checkpoint in TensorFlow's first format is one file
+        return None
+    if f"{base}.index" not in names:
+        return f"{path}.index"
+    shards = [name for name in names if name.startswith(f"{base}.data-")]
+    if not shards:
+        return f"{path}.data-00000-of-00001"
+    count = shards[0].rpartition("-")[2]
+    wanted = (f"{base}.data-{number:05}-of-{count}" for number in range(int(count)))
+    return next((os.path.join(folder, name) for name in wanted if name not in names), None)
+
+
 def latest_step(model_path: str) -> int:
-    """The global step of the newest checkpoint in `model_path`; 0 where there is none."""
-    path = tf.train.latest_checkpoint(model_path)
-    return 0 if path is None else int(tf.train.load_checkpoint(path).get_tensor("global_step"))
+    """The global step of the newest checkpoint in `model_path`; 0 where there is none. UserError if it is damaged."""
+    path = newest_checkpoint(model_path)
+    if path is None:
+        return 0
+    try:
+        return int(tf.train.load_checkpoint(path).get_tensor("global_step"))
+    except (tf.errors.OpError, ValueError) as error:
+        raise damaged_checkpoint(path, error) from error
+
+
+def damaged_checkpoint(path: str, error: Exception) -> UserError:
+    """The sentence for a checkpoint that is there and can't be read."""
+    return UserError(f"checkpoint {path!r} cannot be read ({reason(error)}); {_others(path)}")
+
+
+def _others(path: str) -> str:
+    """What to do when the checkpoint `path` is of no use."""
+    folder, base = os.path.split(path)
+    names = _checkpoints_in(folder) if tf.io.gfile.exists(folder) else []
+    others = ", ".join(name for name in names if name != base) or "none"
+    return (
+        f"copy it again, or let {os.path.join(folder, 'checkpoint')!r} name another one (there: {others}), or start "
+        "again with --new"
+    )
+
+
+def reason(error: Exception) -> str:
+    """Why TensorFlow failed, in its own words: what stands between the graph's tracebacks and its nodes' names."""
+    lines = str(getattr(error, "message", error)).split("\n\t [[")[0].split("\n")
+    return lines[-1].strip() or type(error).__name__
 
 
 class CheckpointHook(tf.train.SessionRunHook):
@@ -23,11 +110,11 @@ class CheckpointHook(tf.train.SessionRunHook):
     unrolled over many devices, and saves once more what was just restored. Make it when all variables exist.
     """
 
-    def __init__(self, model_path: str, every_steps: int, before_save: Callable[[tf.Session], None]):
+    def __init__(self, model_path: str, every_steps: int):
+        self.before: list[Callable[[tf.Session], object]] = []  # called with the session, before anything is saved
         self._prefix = os.path.join(model_path, "model.ckpt")
         self._model_path = model_path
         self._every_steps = every_steps
-        self._before_save = before_save
         self._saver = tf.train.Saver(sharded=True, max_to_keep=CHECKPOINTS_KEPT, save_relative_paths=True)
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # where the Estimator looks for what restores
 
@@ -39,7 +126,7 @@ class CheckpointHook(tf.train.SessionRunHook):
 
     def after_create_session(self, session: tf.Session, coord: tf.train.Coordinator) -> None:
         self._saved = latest_step(self._model_path)
-        if tf.train.latest_checkpoint(self._model_path) is None:
+        if newest_checkpoint(self._model_path) is None:
             self._save(session, int(session.run(self._step)))
 
     def before_run(self, run_context: tf.train.SessionRunContext) -> tf.train.SessionRunArgs:
@@ -58,23 +145,21 @@ class CheckpointHook(tf.train.SessionRunHook):
             self._save(session, step)
 
     def _save(self, session: tf.Session, step: int) -> None:
-        self._before_save(session)
+        for prepare in self.before:
+            prepare(session)
         self._saver.save(session, self._prefix, global_step=step)
         self._saved = step
 
 
 def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None:
     """Raise UserError when the newest checkpoint cannot hold `variables`: one is missing or has another shape."""
-    path = tf.train.latest_checkpoint(model_path)
+    path = newest_checkpoint(model_path)
     if path is None:
         return
     try:
         stored = tf.train.load_checkpoint(path).get_variable_to_shape_map()
     except (tf.errors.OpError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path!r} cannot be read ({str(error).splitlines()[0]}); "
-            f"let {model_path}/checkpoint name an older one, or start again with --new"
-        ) from error
+        raise damaged_checkpoint(path, error) from error
     for variable in variables:
         name, shape = variable.op.name, variable.shape.as_list()
         if name not in stored:

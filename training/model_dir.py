@@ -1,0 +1,97 @@
+"""The folder `model_path`: made, described by config.json, and emptied by --new."""
+
+import fnmatch
+import json
+import logging
+import os
+import sys
+
+import tensorflow.compat.v1 as tf
+
+from config import ModelConfig, config_to_json, read_text
+from errors import UserError
+from training.checkpoints import reason
+
+logger = logging.getLogger(__name__)
+
+_CONFIG = "config.json"
+# What runs write there, besides config.json, which the next run replaces.
+_WRITTEN = (
+    *("checkpoint", "model.ckpt-*", "graph.pbtxt", "metrics.jsonl", "eval", "export"),
+    *("events.out.tfevents.*", "eval_*.jsonl", "predictions_*", "config.json.tmp", "metrics.jsonl.tmp"),
+)
+
+
+def make_model_dir(config: ModelConfig) -> None:
+    """Create `model_path`; UserError where it can't be written or holds a config.json that is none of ours."""
+    folder = config.model_path
+    path = os.path.join(folder, _CONFIG)
+    try:
+        tf.io.gfile.makedirs(folder)
+        if tf.io.gfile.exists(path) and not _is_ours(path):
+            raise UserError(
+                f"model_path {folder!r} holds a {_CONFIG} that no run wrote and that training would replace; choose "
+                "another model_path"
+            )
+        _write(path + ".tmp", config)
+        tf.io.gfile.remove(path + ".tmp")
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"model_path {folder!r} cannot be written ({reason(error)}); choose a folder you may write to"
+        ) from error
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        return "model_path" in json.loads(read_text(path))
+    except (UserError, ValueError, TypeError):
+        return False
+
+
+def _write(path: str, config: ModelConfig) -> None:
+    with tf.io.gfile.GFile(path, "w") as file:
+        file.write(config_to_json(config))
+
+
+class KeepConfig(tf.train.SessionRunHook):
+    """Writes the run's config.json once the graph is built, when the checkpoint is known to be of this config."""
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+
+    def begin(self) -> None:
+        path = os.path.join(self._config.model_path, _CONFIG)
+        _write(path + ".tmp", self._config)
+        tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
+
+
+def delete_model(model_path: str, yes: bool) -> None:
+    """Delete what runs wrote in `model_path`, if there is a model and the user agrees; other files stay."""
+    if not tf.io.gfile.isdir(model_path):
+        return
+    names = [name.rstrip("/") for name in tf.io.gfile.listdir(model_path)]
+    written = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _WRITTEN)]
+    others = sorted({*names} - {*written, _CONFIG})
+    if others and not any(name == "checkpoint" or name.startswith("model.ckpt-") for name in written):
+        raise UserError(
+            f"--new would delete what is in model_path {model_path!r}, but no model was trained there (it holds "
+            f"{others[0]!r}); correct model_path"
+        )
+    if not written:
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"--new would delete the model in {model_path!r} and nobody is there to ask; add --yes")
+        if input(f"delete the model in {model_path!r} and start again at step 0? [y/N] ").strip().lower() not in (
+            "y",
+            "yes",
+        ):
+            raise UserError(f"--new: {model_path!r} was kept; run without --new to go on from its last checkpoint")
+    try:
+        for name in written:
+            path = os.path.join(model_path, name)
+            (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
+    except tf.errors.OpError as error:
+        raise UserError(f"--new cannot delete {model_path!r} ({reason(error)}); delete it by hand") from error
+    if others:
+        logger.info("--new: %s in %s stays", ", ".join(others), model_path)
