@@ -198,7 +198,7 @@ def test_what_the_commands_leave_behind(project: Path, results: dict[str, dict[s
     assert set(first_cells(section("Evaluation"))) == set(
         json.loads((project / "runs/quickstart/model/eval_.jsonl").read_text())
     )
-    for name in ("mine", "mine_slower", "mine_cpu", "mine_mesh"):
+    for name in ("mine", "mine_slower", "mine_mesh"):
         assert (project / "runs" / name / "model.ckpt-4.index").exists()
     assert len((project / "runs/mine/continuations.jsonl").read_text().splitlines()) == 2
     shown = fenced("text")[0]
