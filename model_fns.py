@@ -253,7 +253,7 @@ def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.est
     graph = _Graph(run, params, batch_size, length)
     batch = graph.import_batch({"inputs": features["inputs"], "prompt_length": features["prompt_length"]})
 
-    whole = graph.context(keep_states=True)
+    whole = graph.context(keep_states_until=mtf.reduce_min(batch["prompt_length"]) - 1)
     gpt.hidden_states(whole, batch["inputs"])
     names = list(whole.states)
 

@@ -25,13 +25,15 @@ from mesh.operations import (
 )
 
 
-def head_cross_entropy(hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor) -> tuple[mtf.Tensor, mtf.Tensor]:
-    """Cross entropy of the logits `hidden` [..., embd] x `table` [vocab, embd] against `labels` [...] int32.
+def head_cross_entropy(
+    hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor, bias: mtf.Tensor | None = None
+) -> tuple[mtf.Tensor, mtf.Tensor]:
+    """Cross entropy of the logits `hidden` [..., embd] x `table` [vocab, embd] + `bias` [vocab] against `labels` [...].
 
     Returns (cross entropy, log of the softmax's normalizer), each [...] float32, in nats. A label outside [0, vocab) is
     taken as the nearest id: give such positions no weight. Any of the dimensions may be split over the mesh.
     """
-    cross_entropy, log_z, _ = _HeadCrossEntropy(hidden, table, labels).outputs
+    cross_entropy, log_z, _ = _HeadCrossEntropy(hidden, table, labels, bias).outputs
     return cross_entropy, log_z
 
 
@@ -47,8 +49,9 @@ class _HeadCrossEntropy(mtf.Operation):
     The residual is softmax - one_hot where the vocabulary is whole, and softmax alone where it is split over the mesh.
     """
 
-    def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor):
-        super().__init__([hidden, table, labels], name="head_cross_entropy")
+    def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor, bias: mtf.Tensor | None):
+        inputs = [hidden, table, labels] + ([] if bias is None else [bias])
+        super().__init__(inputs, name="head_cross_entropy")
         self.vocab, self.embd = table.shape.dims
         self._outputs = [
             mtf.Tensor(self, labels.shape, tf.float32, index=0),
@@ -58,20 +61,23 @@ class _HeadCrossEntropy(mtf.Operation):
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
-        hidden, table, labels = self.inputs
+        hidden, table, labels, *bias = self.inputs
         zeros = mtf.zeros(hidden.mesh, labels.shape, tf.float32)
         d_cross_entropy, d_log_z = (zeros if dy is None else dy for dy in grad_ys[:2])
         gradient = _HeadCrossEntropyGradient(hidden, table, labels, self.outputs[2], d_cross_entropy, d_log_z)
-        return [*gradient.outputs, None]
+        d_hidden, d_table, d_bias = gradient.outputs
+        return [d_hidden, d_table, None, *([d_bias] if bias else [])]
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
-        hidden, table, labels = (lowering.tensors[x] for x in self.inputs)
+        hidden, table, labels, *bias = (lowering.tensors[x] for x in self.inputs)
 
         def product(hidden_slice: tf.Tensor, table_slice: tf.Tensor) -> tf.Tensor:
             return tf.cast(tf.matmul(_flat(hidden_slice, 1), table_slice, transpose_b=True), tf.float32)
 
         logits = allreduce(mesh_impl, mesh_impl.slicewise(product, hidden, table), [self.embd])
+        if bias:
+            logits = mesh_impl.slicewise(lambda a, b: a + tf.cast(b, tf.float32), logits, *bias)
         split = bool(split_axes(mesh_impl, [self.vocab]))
         losses = self._split_vocab if split else self._whole_vocab
         for output, value in zip(self.outputs, losses(mesh_impl, logits, labels), strict=True):
@@ -113,7 +119,7 @@ class _HeadCrossEntropy(mtf.Operation):
 
 
 class _HeadCrossEntropyGradient(mtf.Operation):
-    """Inputs: hidden, table, labels, residual, dc, dz. Outputs: the gradients of hidden and of table."""
+    """Inputs: hidden, table, labels, residual, dc, dz. Outputs: the gradients of hidden, of table and of a bias."""
 
     def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, *others: mtf.Tensor):
         super().__init__([hidden, table, *others], name="head_cross_entropy_gradient")
@@ -121,6 +127,7 @@ class _HeadCrossEntropyGradient(mtf.Operation):
         self._outputs = [
             mtf.Tensor(self, hidden.shape, hidden.dtype, index=0),
             mtf.Tensor(self, table.shape, table.dtype, index=1),
+            mtf.Tensor(self, mtf.Shape([self.vocab]), table.dtype, index=2),
         ]
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
@@ -141,7 +148,7 @@ class _HeadCrossEntropyGradient(mtf.Operation):
             dc: tf.Tensor,
             dz: tf.Tensor,
             start: tf.Tensor | int,
-        ) -> tuple[tf.Tensor, tf.Tensor]:
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             flat_hidden, flat_residual = _flat(hidden, 1), _flat(residual, 1)
             flat_labels = tf.clip_by_value(_flat(labels, 0), 0, vocab_size - 1)
             dc, dz = (tf.cast(_flat(d, 0)[:, tf.newaxis], hidden.dtype) for d in (dc, dz))
@@ -149,12 +156,14 @@ class _HeadCrossEntropyGradient(mtf.Operation):
             d_hidden = (dc + dz) * tf.matmul(flat_residual, table) + at_label * gather_rows(table, flat_labels, start)
             d_table = tf.matmul(flat_residual, (dc + dz) * flat_hidden, transpose_a=True)
             d_table += scatter_rows(at_label * flat_hidden, flat_labels, start, table.shape[0])
-            return tf.reshape(d_hidden, hidden.shape), d_table
+            d_bias = tf.matmul(flat_residual, dc + dz, transpose_a=True)
+            d_bias += scatter_rows(at_label, flat_labels, start, table.shape[0])
+            return tf.reshape(d_hidden, hidden.shape), d_table, tf.squeeze(d_bias, 1)
 
         start = slice_start(mesh_impl, self.vocab)
-        d_hidden, d_table = mesh_impl.slicewise(gradients, *[lowering.tensors[x] for x in self.inputs], start)
+        values = mesh_impl.slicewise(gradients, *[lowering.tensors[x] for x in self.inputs], start)
         tokens = self.inputs[2].shape.dims
-        for output, value, summed in zip(self.outputs, (d_hidden, d_table), ([self.vocab], tokens), strict=True):
+        for output, value, summed in zip(self.outputs, values, ([self.vocab], tokens, tokens), strict=True):
             axes = split_axes(mesh_impl, summed)
             if axes:
                 value = lazy_allreduce_sum(lowering, output, value, axes)

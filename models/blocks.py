@@ -6,12 +6,22 @@ from mesh import mtf
 from models.attention import attention
 from models.context import Context
 from models.feedforward import mlp
-from models.normalization import layer_norm
+from models.normalization import gate, normalize
 
 
 def block(ctx: Context, x: mtf.Tensor, layer: int) -> mtf.Tensor:
-    """[..., embd] -> [..., embd]: the pre-norm transformer block of GPT-2."""
-    with tf.variable_scope(f"h{layer}"):
-        x += attention(ctx, layer_norm(ctx, x, "norm_1"), ctx.config.layer_attention[layer])
-        x += mlp(ctx, layer_norm(ctx, x, "norm_2"))
+    """[..., embd] -> [..., embd]: the pre-norm transformer block of GPT-2 and its variants.
+
+    A layer whose attention is `none` is feed-forward alone (PAR Transformer, arXiv:2009.04534). Under macaron a half
+    step of another MLP on the raw stream comes first, and the last MLP makes a half step too (arXiv:1906.02762).
+    """
+    config, kind = ctx.config, ctx.config.layer_attention[layer]
+    ctx = ctx.in_layer(layer)
+    step = 0.5 if config.macaron else 1.0
+    with tf.variable_scope("" if config.share_parameters else f"h{layer}", reuse=tf.AUTO_REUSE):
+        if config.macaron:
+            x += step * mlp(ctx, x, "mlp_macaron")
+        if kind != "none":
+            x += gate(ctx, attention(ctx, normalize(ctx, x, "norm_1"), kind), "norm_rezero_1")
+        x += gate(ctx, step * mlp(ctx, normalize(ctx, x, "norm_2"), "mlp"), "norm_rezero_2")
     return x

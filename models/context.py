@@ -1,6 +1,6 @@
 """What one pass of the model carries from layer to layer besides the activations."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tensorflow.compat.v1 as tf
 
@@ -10,13 +10,14 @@ from mesh.randomness import StatelessNormal, dropout
 from models.dims import Dims
 
 
-@dataclass
+@dataclass(frozen=True)
 class Context:
     """One pass over one input.
 
     A whole-sequence pass has `position` None and activations [batch, sequence, ...]. A decoding step sees one token of
     each row: `position` is its index (int32 scalar), activations are [batch, ...], and what attention remembers of the
-    earlier positions is read from `states` and written back. A whole-sequence pass with `keep_states` fills them.
+    earlier positions is read from `states` and written back. A whole-sequence pass with `keep_states_until` (int32
+    scalar) fills them with what the positions before that one leave behind.
     """
 
     config: ModelConfig
@@ -25,13 +26,24 @@ class Context:
     variable_dtype: mtf.VariableDType
     dropout_key: mtf.Tensor | None = None  # None outside training: nothing is dropped
     position: mtf.Tensor | None = None
-    keep_states: bool = False
+    keep_states_until: mtf.Tensor | None = None
+    final_norm: bool = True
     states: dict[str, mtf.Tensor] = field(default_factory=dict)
+    layer: str = ""  # names draws and states; scopes cannot where layers share their parameters
+
+    def in_layer(self, layer: int) -> "Context":
+        """The same pass inside layer number `layer`."""
+        return replace(self, layer=f"h{layer}/")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decoding step."""
+        return self.position is not None
 
     @property
     def activation_dims(self) -> list[mtf.Dimension]:
         """The leading dimensions of every activation: [batch, sequence], or [batch] in a decoding step."""
-        return [self.dims.batch] if self.position is not None else [self.dims.batch, self.dims.sequence]
+        return [self.dims.batch] if self.decodes else [self.dims.batch, self.dims.sequence]
 
     def normal(self, name: str, shape: list[mtf.Dimension], stddev: float) -> mtf.Tensor:
         """The variable `name` in the current scope, drawn from normal(0, stddev) at the start of a run."""
@@ -47,7 +59,5 @@ class Context:
         return mtf.get_variable(self.mesh, name, mtf.Shape(shape), dtype=self.variable_dtype, initializer=initializer)
 
     def dropout(self, x: mtf.Tensor, rate: float, name: str) -> mtf.Tensor:
-        """Thin `x` while training; the draw is named after the current scope and `name`."""
-        if self.dropout_key is None:
-            return x
-        return dropout(x, self.dropout_key, rate, f"{tf.get_variable_scope().name}/{name}")
+        """Thin `x` while training; the draw is named after the layer and `name`."""
+        return x if self.dropout_key is None else dropout(x, self.dropout_key, rate, f"{self.layer}{name}")

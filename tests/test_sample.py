@@ -33,7 +33,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_sequence(tmp_path: Path, 
     def build(mesh: mtf.Mesh) -> dict:
         dims = make_dims(config, 4)
         inputs = mtf.import_tf_tensor(mesh, tokens, mtf.Shape([dims.batch, dims.sequence]))
-        whole = Context(config, mesh, dims, FLOAT, keep_states=True)
+        whole = Context(config, mesh, dims, FLOAT, keep_states_until=mtf.constant(mesh, 0, dtype=tf.int32))
         uncached = gpt.logits(whole, inputs)
         states = {name: mtf.zeros_like(state) for name, state in whole.states.items()}
         cached = []

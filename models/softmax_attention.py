@@ -1,0 +1,123 @@
+"""Softmax attention (arXiv:1706.03762), over everything before a position or over a window."""
+
+import tensorflow.compat.v1 as tf
+
+from mesh import mtf
+from models.context import Context
+from models.memory import learned_memory, remember
+
+MASKED = -1e9  # added to the scores of positions that may not be seen; exp() of it is 0
+
+
+def global_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:
+    """Every position attends to itself and all before it.
+
+    q, k, v and the result: [batch, sequence, heads, features_per_head], without `sequence` in a decoding step.
+    """
+    return _attend_to_all(ctx, q, k, v, radius=None)
+
+
+def local_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:
+    """Position i attends to positions i - local_attention_radius + 1 ... i. Shapes as in global_attention.
+
+    Where the window is narrower than the sequence, blocks of its width attend to themselves and the block before, so
+    that time and memory grow with the length and not with its square.
+    """
+    radius = ctx.config.local_attention_radius
+    if ctx.decodes or radius >= ctx.dims.sequence.size:
+        return _attend_to_all(ctx, q, k, v, radius)
+    if ctx.keep_states_until is not None:
+        remember(ctx, k, "k")
+        remember(ctx, v, "v")
+    return _attend_by_blocks(ctx, q, k, v, radius)
+
+
+def _attend_to_all(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, radius: int | None) -> mtf.Tensor:
+    dims = ctx.dims
+    k, v = remember(ctx, k, "k"), remember(ctx, v, "v")
+    key = mtf.range(ctx.mesh, dims.memory_length, tf.int32)
+    query = ctx.position if ctx.position is not None else mtf.range(ctx.mesh, dims.sequence, tf.int32)
+    pairs = mtf.Shape([*query.shape.dims, dims.memory_length])
+    visible = _visible(ctx, query, key, pairs, radius)
+    scores_shape = mtf.Shape([dims.batch, dims.heads, *pairs.dims])
+    return _softmax_mix(ctx, q, k, v, visible, scores_shape, dims.memory_length)
+
+
+def _visible(ctx: Context, query: mtf.Tensor, key: mtf.Tensor, pairs: mtf.Shape, radius: int | None) -> mtf.Tensor:
+    """Which positions `key` the positions `query` may see: bool `pairs`."""
+    distance = mtf.sub(mtf.broadcast(query, pairs), mtf.broadcast(key, pairs))
+    seen = mtf.greater_equal(distance, 0)
+    if radius is not None:
+        seen = mtf.logical_and(seen, mtf.less(distance, radius))
+    return seen
+
+
+def _softmax_mix(
+    ctx: Context,
+    q: mtf.Tensor,
+    k: mtf.Tensor,
+    v: mtf.Tensor,
+    visible: mtf.Tensor,
+    scores_shape: mtf.Shape,
+    keys: mtf.Dimension,
+) -> mtf.Tensor:
+    """Values averaged by the softmax, over `keys` and learned memory together, of the visible q k scores."""
+    scores = mtf.einsum([q, k], scores_shape)
+    scores += (1.0 - mtf.cast(visible, scores.dtype)) * MASKED
+    memory = learned_memory(ctx)
+    rate = ctx.config.attn_dropout
+    if memory is None:
+        weights = ctx.dropout(mtf.softmax(scores, keys), rate, "attn/attn_dropout")
+        return mtf.einsum([weights, v], q.shape)
+    to_memory = mtf.einsum([q, memory.k], scores_shape - keys + memory.dim)
+    # one softmax over both (Mesh-TensorFlow's `extra_logit` would let no gradient into the second)
+    highest = [
+        mtf.reduce_max(mtf.stop_gradient(x), reduced_dim=d) for x, d in ((scores, keys), (to_memory, memory.dim))
+    ]
+    peak = mtf.maximum(*highest)
+    weights, memory_weights = mtf.exp(scores - peak), mtf.exp(to_memory - peak)
+    total = mtf.reduce_sum(weights, reduced_dim=keys) + mtf.reduce_sum(memory_weights, reduced_dim=memory.dim)
+    weights = ctx.dropout(weights / total, rate, "attn/attn_dropout")
+    memory_weights = ctx.dropout(memory_weights / total, rate, "attn/memory_dropout")
+    return mtf.einsum([weights, v], q.shape) + mtf.einsum([memory_weights, memory.v], q.shape)
+
+
+def _attend_by_blocks(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, radius: int) -> mtf.Tensor:
+    """Windowed attention over a whole sequence, cut into blocks of `radius` positions."""
+    dims = ctx.dims
+    length = dims.sequence.size
+    blocks = mtf.Dimension("attention_blocks", -(-length // radius))  # names that no layout splits
+    within = mtf.Dimension("block_length", radius)
+    padded = mtf.Dimension("padded_sequence", blocks.size * radius)
+    window = mtf.Dimension("block_window", 2 * radius)
+    features = [dims.heads, dims.features_per_head]
+
+    def in_blocks(x: mtf.Tensor) -> mtf.Tensor:
+        x = mtf.rename_dimension(x, dims.sequence.name, padded.name)
+        x = mtf.pad(x, [0, padded.size - length], padded.name)
+        return mtf.reshape(x, mtf.Shape([dims.batch, blocks, within, *features]))
+
+    def with_block_before(x: mtf.Tensor) -> mtf.Tensor:
+        x = in_blocks(x)
+        pair = mtf.concat([mtf.shift(x, 1, blocks, wrap=False), x], within.name)
+        return mtf.rename_dimension(pair, within.name, window.name)
+
+    begin = mtf.range(ctx.mesh, blocks, tf.int32) * radius
+    query = begin + mtf.range(ctx.mesh, within, tf.int32)
+    key = begin + mtf.range(ctx.mesh, window, tf.int32) - radius
+    pairs = mtf.Shape([blocks, within, window])
+    visible = _visible(ctx, query, key, pairs, radius)
+    inside = mtf.greater_equal(mtf.broadcast(key, pairs), 0)
+    scores_shape = mtf.Shape([dims.batch, dims.heads, *pairs.dims])
+    mixed = _softmax_mix(
+        ctx,
+        in_blocks(q),
+        with_block_before(k),
+        with_block_before(v),
+        mtf.logical_and(visible, inside),
+        scores_shape,
+        window,
+    )
+    mixed = mtf.reshape(mixed, mtf.Shape([dims.batch, padded, *features]))
+    mixed = mtf.slice(mixed, 0, length, padded.name)
+    return mtf.rename_dimension(mixed, padded.name, dims.sequence.name)

@@ -1,0 +1,205 @@
+"""Every architecture option against the numpy model: logits, gradients, cached decoding, and any mesh."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+
+from config import ModelConfig
+from mesh import mtf
+from models import gpt
+from models.context import Context
+from models.dims import make_dims
+from tests.reference_model import ReferenceModel
+from tests.tiny import MtfSession, random_tokens, tiny_config
+
+FLOAT = mtf.VariableDType(tf.float32)
+ROWS, LENGTH = 2, 7  # an odd length, shorter than n_ctx
+
+
+def layers(*names: str) -> dict[str, Any]:
+    return {"attention_types": [[list(names), 1]], "n_layer": len(names)}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": layers("global"),
+    "local": layers("global", "local") | {"local_attention_radius": 3},
+    "local, radius 1": layers("local") | {"local_attention_radius": 1},
+    "local, wide": layers("local") | {"local_attention_radius": 20},
+    "linear": layers("linear", "global"),
+    "none": layers("global", "none"),
+    "axial": layers("global") | {"axial_pos_emb": [3, 4], "n_ctx": 12},
+    "rotary": layers("global") | {"rotary_emb": True},
+    "glu": layers("global") | {"mlp_glu": True},
+    "scalenorm": layers("global") | {"scalenorm": True},
+    "rezero": layers("global") | {"rezero": True},
+    "memory": layers("global", "linear") | {"num_mem_kv": 3},
+    "macaron": layers("global") | {"macaron": True},
+    "shared": layers("global", "global") | {"share_parameters": True},
+    "untied": layers("global") | {"no_weight_tie": True},
+    "scaled": layers("global") | {"scale_by_in": True, "scale_by_depth": True},
+    "local + memory": layers("local") | {"num_mem_kv": 2, "local_attention_radius": 3},
+    "local + rotary": layers("local") | {"rotary_emb": True, "local_attention_radius": 3},
+    "linear + rotary": layers("linear") | {"rotary_emb": True},
+    "rezero + macaron": layers("global") | {"rezero": True, "macaron": True},
+    "glu + scalenorm + macaron": layers("global") | {"mlp_glu": True, "scalenorm": True, "macaron": True},
+    "shared + linear": layers("linear", "global") | {"share_parameters": True},
+    "untied + none": layers("none", "global") | {"no_weight_tie": True},
+}
+
+
+def option_config(directory: Path, name: str) -> ModelConfig:
+    return tiny_config(directory, **({"n_embd": 12, "n_head": 2, "n_vocab": 20} | OPTIONS[name]))
+
+
+def some_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Weights large enough that every part of the model tells in the logits."""
+    random = np.random.default_rng(0)
+    return {name: (0.4 * random.normal(size=shape)).astype(np.float32) for name, shape in sorted(shapes.items())}
+
+
+def build_all(config: ModelConfig, tokens: np.ndarray, decoded: bool):
+    """A builder of: logits, the loss's gradients, and the logits of decoding from the states before position 3."""
+
+    def build(mesh: mtf.Mesh) -> dict[str, Any]:
+        dims = make_dims(config, ROWS, LENGTH)
+        shape = mtf.Shape([dims.batch, dims.sequence])
+        inputs = mtf.import_tf_tensor(mesh, tokens[:, :-1], shape)
+        labels = mtf.import_tf_tensor(mesh, tokens[:, 1:], shape)
+        until = 3
+        ctx = Context(config, mesh, dims, FLOAT, keep_states_until=mtf.constant(mesh, until, dtype=tf.int32))
+        found: dict[str, Any] = {"logits": gpt.logits(ctx, inputs)}
+        loss = mtf.reduce_mean(gpt.losses(Context(config, mesh, dims, FLOAT), inputs, labels).objective)
+        variables = mesh.graph.trainable_variables
+        gradients = mtf.gradients([loss], [variable.outputs[0] for variable in variables])
+        found["gradients"] = {v.name: g for v, g in zip(variables, gradients, strict=True)}
+        found["loss"] = loss
+        if decoded:
+            states, found["decoded"] = ctx.states, []
+            for position in range(until, LENGTH):
+                at = mtf.constant(mesh, position, dtype=tf.int32)
+                one = Context(config, mesh, dims, FLOAT, position=at, states=dict(states))
+                token = mtf.import_tf_tensor(mesh, tokens[:, position], mtf.Shape([dims.batch]))
+                found["decoded"].append(gpt.logits(one, token))
+                states = one.states
+        return found
+
+    return build
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with tf.Graph().as_default():
+        mesh = mtf.Mesh(mtf.Graph(), "mesh")
+        dims = make_dims(config, ROWS, LENGTH)
+        inputs = mtf.zeros(mesh, mtf.Shape([dims.batch, dims.sequence]), tf.int32)
+        gpt.logits(Context(config, mesh, dims, FLOAT), inputs)
+        return {v.op.name: tuple(v.shape.as_list()) for v in tf.global_variables()}
+
+
+def objective(config: ModelConfig, weights: dict[str, np.ndarray], tokens: np.ndarray) -> float:
+    """Mean of cross entropy + z_loss log(z)^2 under the numpy model."""
+    model = ReferenceModel(config, weights)
+    total = 0.0
+    for row in tokens:
+        logits = model.logits(row[:-1])
+        log_z = np.log(np.exp(logits).sum(-1))
+        total += (log_z - logits[np.arange(LENGTH), row[1:]] + config.z_loss * log_z**2).sum()
+    return total / (ROWS * LENGTH)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_equals_the_numpy_model(tmp_path: Path, name: str) -> None:
+    config = option_config(tmp_path, name)
+    tokens = random_tokens(ROWS, LENGTH + 1, vocab=config.n_vocab)
+    weights = some_weights(shapes_of(config))
+    found = MtfSession().run(build_all(config, tokens, decoded=True), weights)
+
+    model = ReferenceModel(config, weights)
+    expected = np.stack([model.logits(row[:-1]) for row in tokens])
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
+    np.testing.assert_allclose(np.stack(found["decoded"], axis=1), expected[:, 3:], atol=1e-4)
+    assert found["loss"] == pytest.approx(objective(config, weights, tokens), abs=1e-4)
+    assert found["gradients"].keys() == weights.keys()
+    random = np.random.default_rng(1)
+    for variable, gradient in found["gradients"].items():
+        direction = random.normal(size=gradient.shape)
+        step = 1e-4
+        ahead, behind = (
+            objective(config, weights | {variable: weights[variable] + sign * step * direction}, tokens)
+            for sign in (1, -1)
+        )
+        expected_slope = (ahead - behind) / (2 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(expected_slope, abs=1e-4, rel=1e-4), variable
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_later_tokens_do_not_change_earlier_logits(tmp_path: Path, name: str) -> None:
+    config = option_config(tmp_path, name)
+    tokens = random_tokens(ROWS, LENGTH, vocab=config.n_vocab)
+    changed = tokens.copy()
+    changed[:, 4:] = (changed[:, 4:] + 1) % config.n_vocab
+
+    def build(mesh: mtf.Mesh) -> list[mtf.Tensor]:
+        dims = make_dims(config, ROWS, LENGTH)
+        shape = mtf.Shape([dims.batch, dims.sequence])
+        ctx = Context(config, mesh, dims, FLOAT)
+        return [gpt.logits(ctx, mtf.import_tf_tensor(mesh, rows, shape)) for rows in (tokens, changed)]
+
+    before, after = MtfSession().run(build, some_weights(shapes_of(config)))
+    np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-6)
+    assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "+" not in name and name != "plain"])
+def test_option_on_four_devices_equals_one(tmp_path: Path, name: str) -> None:
+    config = option_config(tmp_path, name)
+    tokens = random_tokens(ROWS, LENGTH + 1, vocab=config.n_vocab)
+    weights = some_weights(shapes_of(config))
+    build = build_all(config, tokens, decoded=False)
+    one = MtfSession().run(build, weights)
+    for layout in ("batch:x,heads:y,intermediate_expanded:y,vocab:y", "batch:x,embd:y"):
+        several = MtfSession("x:2,y:2", layout).run(build, weights)
+        np.testing.assert_allclose(several["logits"], one["logits"], atol=1e-4, err_msg=layout)
+        for variable, gradient in one["gradients"].items():
+            np.testing.assert_allclose(several["gradients"][variable], gradient, atol=1e-4, err_msg=variable)
+
+
+# What GPT-Neo's checkpoints hold for each option, beside what every one holds.
+EMBD, VOCAB = 12, 20
+NAMES: dict[str, dict[str, tuple[int, ...]]] = {
+    "none": {"h0/attn/q": (EMBD, EMBD), "h1/norm_2/g": (EMBD,)},
+    "axial": {"axial_wpe_1": (3, EMBD), "axial_wpe_2": (4, EMBD)},
+    "glu": {"h0/mlp/conv1d_main/c_fc/kernel": (EMBD, 96), "h0/mlp/conv1d_main/c_proj/kernel": (48, EMBD)},
+    "scalenorm": {"h0/norm_1/g": (), "h0/norm_2/g": (), "ln_f/g": (EMBD,), "ln_f/b": (EMBD,)},
+    "rezero": {"h0/norm_rezero_1/g": (), "h0/norm_rezero_2/g": ()},
+    "memory": {"h0/attn/attention/mem_k": (3, 2, 6), "h0/attn/attention/mem_v": (3, 2, 6)},
+    "macaron": {
+        "h0/mlp_macaron/conv1d_main/c_fc/kernel": (EMBD, 48),
+        "h0/mlp_macaron/conv1d_main/c_proj/bias": (EMBD,),
+    },
+    "shared": {"/attn/q": (EMBD, EMBD), "/norm_1/g": (EMBD,), "/mlp/conv1d_main/c_fc/bias": (48,)},
+    "untied": {
+        "wte_final_linear/conv1d_main/linear_out/kernel": (EMBD, VOCAB),
+        "wte_final_linear/conv1d_main/linear_out/bias": (VOCAB,),
+    },
+}
+ABSENT = {
+    "none": r"h1/(attn|norm_1)/",
+    "axial": r"/wpe$",
+    "rotary": r"/wpe$",
+    "scalenorm": r"norm_\d/b$",
+    "rezero": r"norm_\d/",
+    "shared": r"/h\d",
+}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES.keys() | ABSENT.keys()))
+def test_variables_are_named_and_shaped_as_in_checkpoints(tmp_path: Path, name: str) -> None:
+    shapes = shapes_of(option_config(tmp_path, name))
+    for variable, shape in NAMES.get(name, {}).items():
+        assert shapes[f"gpt2/{variable}"] == shape
+    assert not [v for v in shapes if name in ABSENT and re.search(ABSENT[name], v)]
