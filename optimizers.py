@@ -15,7 +15,7 @@ _NOT_DECAYED = re.compile(r"norm|bias|ln_f")  # GPT-3: weight decay acts on matr
 
 
 def learning_rate(config: ModelConfig, step: tf.Tensor) -> tf.Tensor:
-    """The rate of `step` (integer scalar): linear warm-up from 0, under a cosine or linear decay to 10% of the peak.
+    """The rate of `step` (integer scalar): a cosine or linear decay to 10% of the peak, times a linear warm-up from 0.
 
     The decay is counted from step 0 and holds its last value after `lr_decay_end` (else `train_steps`).
     """
@@ -24,7 +24,7 @@ def learning_rate(config: ModelConfig, step: tf.Tensor) -> tf.Tensor:
     decayed = {"cosine": lambda: 0.5 * (1.0 + tf.cos(math.pi * done)), "linear": lambda: 1.0 - done}[config.lr_decay]()
     rate = config.lr * (END_LR_FRACTION + (1.0 - END_LR_FRACTION) * decayed)
     if config.warmup_steps:
-        rate = tf.where_v2(step < config.warmup_steps, config.lr * step / config.warmup_steps, rate)
+        rate *= tf.minimum(step / config.warmup_steps, 1.0)
     return rate
 
 

@@ -54,11 +54,21 @@ def _gated(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
     """
     embd, hidden = ctx.dims.embd, ctx.dims.intermediate_expanded
     both = mtf.Dimension(hidden.name, 2 * hidden.size)
-    half = mtf.Dimension("glu", 2)
     with tf.variable_scope("c_fc"):
         kernel = ctx.normal("kernel", [embd, both], kernel_stddev(ctx, embd))
         bias = ctx.constant("bias", [both], 0.0)
-    kernels = mtf.unstack(mtf.reshape(kernel, mtf.Shape([embd, half, hidden])), half)
-    biases = mtf.unstack(mtf.reshape(bias, mtf.Shape([half, hidden])), half)
+    kernels, biases = _halves(kernel, hidden), _halves(bias, hidden)
     value, gate = (linear(x, kernel) + bias for kernel, bias in zip(kernels, biases, strict=True))
     return value * activation(ctx.config.activation_function, gate)
+
+
+def _halves(x: mtf.Tensor, half: mtf.Dimension) -> list[mtf.Tensor]:
+    """[..., twice `half`] -> its two halves [..., half].
+
+    A split last dimension gives each processor a piece of one half, so it is put together before it is cut.
+    """
+    *front, both = x.shape.dims
+    pair, whole_half = mtf.Dimension("glu", 2), mtf.Dimension("glu_half", half.size)  # names that no layout splits
+    whole = mtf.rename_dimension(x, both.name, "glu_both")
+    halves = mtf.unstack(mtf.reshape(whole, mtf.Shape([*front, pair, whole_half])), pair)
+    return [mtf.rename_dimension(part, whole_half.name, half.name) for part in halves]

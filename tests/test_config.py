@@ -55,8 +55,9 @@ def test_alias_pairs(first: str, second: str, values: tuple[Any, Any]) -> None:
 def test_a_mistake_is_named_as_it_was_written() -> None:
     values = {key: value for key, value in BASE.items() if key != "n_head"}
     assert refusal(values | {"n_heads": 0}) == ["n_heads is 0; it must be a whole number of at least 1"]
-    assert refusal(values | {"axial_pos_emb_": True, "n_heads": 2}, allow_unbuilt=False) == [
-        "axial_pos_emb_ is true, which is not available yet; it must be false"
+    assert refusal(values | {"activation_fn": "softmax", "n_heads": 2}, allow_unbuilt=False) == [
+        'activation_fn is "softmax", which is not available yet; not built: "rrelu", "prelu", "parcsinh", "psoftplus", '
+        '"proottanh", "aria", "softmax", "logsoftmax"'
     ]
 
 

@@ -16,14 +16,18 @@ from mesh.layout import parse
 from tests.tiny import MtfSession, cpu_devices, tiny_config
 
 WARMUP = {"warmup_steps": 10}
-# step -> rate, by hand, for lr 0.001 and train_steps 100; cos(pi / 4) = 0.7071067812, cos(pi / 10) = 0.9510565163
+# step -> rate, by hand, for lr 0.001 and train_steps 100; cos(pi / 4) = 0.7071067812, cos(pi / 10) = 0.9510565163,
+# cos(pi / 20) = 0.9876883406, cos(pi / 100) = 0.9995065604, cos(9 pi / 100) = 0.9602936857
 SCHEDULES: list[tuple[dict[str, Any], dict[int, float]]] = [
     ({"lr_decay": "cosine"}, {0: 1e-3, 25: 0.8681980515e-3, 50: 0.55e-3, 75: 0.2318019485e-3, 100: 1e-4, 10**6: 1e-4}),
     ({"lr_decay": "linear"}, {0: 1e-3, 1: 0.991e-3, 25: 0.775e-3, 50: 0.55e-3, 99: 0.109e-3, 100: 1e-4, 10**6: 1e-4}),
     ({"lr_decay": "cosine", "lr_decay_end": 50}, {0: 1e-3, 25: 0.55e-3, 50: 1e-4, 51: 1e-4, 99: 1e-4}),
     ({"lr_decay": "linear", "lr_decay_end": 200}, {0: 1e-3, 50: 0.775e-3, 100: 0.55e-3, 200: 1e-4, 201: 1e-4}),
-    ({"lr_decay": "cosine", **WARMUP}, {0: 0.0, 1: 1e-4, 5: 0.5e-3, 9: 0.9e-3, 10: 0.9779754323e-3, 100: 1e-4}),
-    ({"lr_decay": "linear", **WARMUP}, {0: 0.0, 5: 0.5e-3, 9: 0.9e-3, 10: 0.91e-3, 50: 0.55e-3, 100: 1e-4}),
+    (
+        {"lr_decay": "cosine", **WARMUP},
+        {0: 0.0, 1: 0.0999777952e-3, 5: 0.4972298766e-3, 9: 0.8839189427e-3, 10: 0.9779754323e-3, 100: 1e-4},
+    ),
+    ({"lr_decay": "linear", **WARMUP}, {0: 0.0, 5: 0.4775e-3, 9: 0.8271e-3, 10: 0.91e-3, 50: 0.55e-3, 100: 1e-4}),
 ]
 
 
