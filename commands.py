@@ -61,12 +61,18 @@ class Job:
         layout = self.layout.layout or "(nothing split)"
         logger.info("devices: %s; mesh %s, layout %s", where, self.layout.mesh_shape, layout)
 
+    @property
+    def sampling(self) -> Sampling:
+        """How prediction draws: the command line's word, then the config's."""
+        args = self.args
+        new_tokens = args.max_new_tokens or self.config.predict_max_steps
+        return Sampling(args.temperature, args.top_k, args.top_p, new_tokens, args.sampling_seed)
+
     def estimator(self) -> tf.estimator.tpu.TPUEstimator:
         """The TPUEstimator, which on local devices is an ordinary Estimator."""
         config, args = self.config, self.args
-        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.sampling_seed)
         run = Run(
-            config, self.layout, self.devices, args.steps_per_checkpoint, self.special.eos_id, sampling, self.stop
+            config, self.layout, self.devices, args.steps_per_checkpoint, self.special.eos_id, self.sampling, self.stop
         )
         tpu_config = tf.estimator.tpu.TPUConfig(
             num_shards=self.layout.size,
@@ -103,10 +109,8 @@ def prepare(args: argparse.Namespace, config: ModelConfig, stop: StopOnSignal, b
         count, what = _num_tpu_cores(args.tpu, resolver), "TPU cores"
     else:
         assert devices is not None
-        count, what = (
-            len(devices.names),
-            f"{devices.kind} devices" if len(devices.names) > 1 else f"{devices.kind} device",
-        )
+        count = len(devices.names)
+        what = f"{devices.kind} device" + "s" * (count > 1)
     layout = parse(config.mesh_shape, config.layout, count)
     check_devices(layout, count, what)
     check_layout(layout, layout_sizes(config, {key: getattr(config, key) for key in batch_keys}), TENSORS)
@@ -217,7 +221,7 @@ def _encoded_prompts(job: Job) -> tuple[Encoder, list[str], list[list[int]]]:
     encoder = prediction.require_encoder(job.config)
     prompts = prediction.read_prompts(job.args.prompt, job.args.prompt_per_line)
     encoded = [
-        prediction.encode_prompt(encoder, text, job.config, job.args.max_new_tokens, job.special.eos_id)
+        prediction.encode_prompt(encoder, text, job.config, job.sampling.max_new_tokens, job.special.eos_id)
         for text in prompts
     ]
     return encoder, prompts, encoded
@@ -226,7 +230,7 @@ def _encoded_prompts(job: Job) -> tuple[Encoder, list[str], list[list[int]]]:
 def _predict(job: Job, step: int) -> None:
     config, args = job.config, job.args
     encoder, prompts, encoded = _encoded_prompts(job)
-    length = prediction.decode_length(encoded, config, args.max_new_tokens, job.layout)
+    length = prediction.decode_length(encoded, config, job.sampling.max_new_tokens, job.layout)
     input_fn = inputs.predict_input_fn(encoded, job.predict_batch_size, length, job.special.padding_id)
     logger.info("step %d continues %d %s", step, len(prompts), "prompts" if len(prompts) > 1 else "prompt")
     output = args.output or os.path.join(config.model_path, f"predictions_{args.sacred_id}_{step}.txt")

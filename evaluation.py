@@ -30,7 +30,8 @@ def token_byte_lengths(config: ModelConfig) -> np.ndarray | None:
 def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
     """Token-weighted means from what the model function's evaluation returned.
 
-    Losses are in nats per token; perplexity = exp(cross entropy); bits_per_byte is null where the bytes are not known.
+    Losses are in nats per token; perplexity = exp(cross entropy); bits_per_byte is null where the bytes are not known,
+    and perplexity where no float can hold it.
     """
     cross_entropy = float(sums["cross_entropy"])
     tokens, size = int(sums["tokens"]), int(sums["bytes"])
@@ -40,7 +41,7 @@ def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
         "global_step": int(sums["global_step"]),
         "loss": float(sums["objective"]),
         "cross_entropy": cross_entropy,
-        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else None,
         "bits_per_token": bits,
         "bits_per_byte": bits * tokens / size if knows_bytes and size else None,
         "tokens": tokens,

@@ -17,7 +17,7 @@ from models import gpt
 from models.context import Context
 from models.dims import Dims, make_dims
 from sample import Sampling, decode
-from training.checkpoints import CheckpointHook, verify_checkpoint
+from training.checkpoints import CheckpointHook, stored_shapes, verify_checkpoint
 from training.hooks import FiniteHook, ProgressHook, StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class _Graph:
         else:
             self.mesh, self.mesh_impl = local_mesh(self.graph, run.layout, run.devices)
         self.dims: Dims = make_dims(run.config, batch_size, length)
+        self.final_norm = _has_final_norm(run.config)
 
     def import_batch(self, features: Features) -> dict[str, mtf.Tensor]:
         """[batch] and [batch, sequence] features as mtf tensors."""
@@ -85,11 +86,21 @@ class _Graph:
         }
 
     def context(self, dims: Dims | None = None, **changes: Any) -> Context:
-        return Context(self.run.config, self.mesh, dims or self.dims, mtf.VariableDType(tf.float32), **changes)
+        config, dtype = self.run.config, mtf.VariableDType(tf.float32)
+        return Context(config, self.mesh, dims or self.dims, dtype, final_norm=self.final_norm, **changes)
 
     def lower(self) -> mtf.Lowering:
         # operations of our own look variables up in the lowering, which stacking them would replace
         return mtf.Lowering(self.graph, {self.mesh: self.mesh_impl}, autostack=False)
+
+
+def _has_final_norm(config: ModelConfig) -> bool:
+    """Whether the final norm runs: GPT-Neo stored none beside a head of its own, and such a checkpoint goes without."""
+    stored = stored_shapes(config.model_path) if config.no_weight_tie else None
+    if stored is None or "gpt2/ln_f/g" in stored:
+        return True
+    logger.warning("the checkpoint in %s has no final norm ln_f: the model runs without it", config.model_path)
+    return False
 
 
 def num_microbatches(config: ModelConfig, layout: MeshLayout) -> int:

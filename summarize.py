@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from config import ModelConfig, load_model_config, read_text
+from config import ModelConfig, load_model_config, parse_overrides, read_text
 from errors import UserError, exits_cleanly
 
 _LAST_STEPS = 50  # the training loss is the mean of so many steps
@@ -70,9 +70,16 @@ def summary(config: ModelConfig, sacred_id: str) -> list[tuple[str, str]]:
         ("perplexity", f"{result['perplexity']:,.1f}"),
         ("bits per byte", "unknown to this tokenizer" if bits_per_byte is None else f"{bits_per_byte:.3f}"),
         ("checkpoints", config.model_path),
-        ("curves", f"{os.path.relpath(sys.executable)[: -len('python')]}tensorboard --logdir {config.model_path}"),
+        ("curves", f"{_tensorboard()} --logdir {config.model_path}"),
     ]
     return lines
+
+
+def _tensorboard() -> str:
+    """How to call the TensorBoard of this environment from here."""
+    beside_python = os.path.join(os.path.dirname(sys.executable), "tensorboard")
+    inside = os.path.relpath(beside_python)
+    return beside_python if inside.startswith(os.pardir) else inside
 
 
 @exits_cleanly
@@ -81,8 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="summarize.py", description="Sum up a trained and evaluated model.")
     parser.add_argument("--model", required=True, help="name of a config in configs/, or the path of a .json file")
     parser.add_argument("--sacred_id", default="", help="whose evaluation to read")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="as given to main.py"
+    )
     args = parser.parse_args(argv)
-    config = load_model_config(args.model)
+    config = load_model_config(args.model, parse_overrides(args.settings))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for what, value in summary(config, args.sacred_id):
         print(f"{what:>14}: {value}")

@@ -27,7 +27,7 @@ class Context:
     dropout_key: mtf.Tensor | None = None  # None outside training: nothing is dropped
     position: mtf.Tensor | None = None
     keep_states_until: mtf.Tensor | None = None
-    final_norm: bool = True
+    final_norm: bool = True  # False only for a checkpoint that was trained without
     states: dict[str, mtf.Tensor] = field(default_factory=dict)
     layer: str = ""  # names draws and states; scopes cannot where layers share their parameters
 

@@ -151,15 +151,22 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._saved = step
 
 
-def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None:
-    """Raise UserError when the newest checkpoint cannot hold `variables`: one is missing or has another shape."""
+def stored_shapes(model_path: str) -> dict[str, list[int]] | None:
+    """{variable: shape} of the newest checkpoint; None where there is none."""
     path = newest_checkpoint(model_path)
     if path is None:
-        return
+        return None
     try:
-        stored = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+        return dict(tf.train.load_checkpoint(path).get_variable_to_shape_map())
     except (tf.errors.OpError, ValueError) as error:
         raise damaged_checkpoint(path, error) from error
+
+
+def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None:
+    """Raise UserError when the newest checkpoint cannot hold `variables`: one is missing or has another shape."""
+    path, stored = newest_checkpoint(model_path), stored_shapes(model_path)
+    if stored is None:
+        return
     for variable in variables:
         name, shape = variable.op.name, variable.shape.as_list()
         if name not in stored:
