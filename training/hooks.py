@@ -127,7 +127,10 @@ class _LogLines(io.TextIOBase):
 def progress_bar(title: str, unit: str, total: int, first: int = 0) -> tqdm:
     """A bar on standard error: redrawn in a terminal, a line every ten seconds in a log."""
     if sys.stderr.isatty():
-        return tqdm(total=total, initial=first, desc=title, unit=unit, dynamic_ncols=True, mininterval=0.5)
+        # a container's terminal may say that it has no size at all, and tqdm would show nothing
+        has_size = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        size: dict[str, Any] = {"dynamic_ncols": True} if has_size else {"ncols": 100, "nrows": 20}
+        return tqdm(total=total, initial=first, desc=title, unit=unit, mininterval=0.5, **size)
     return tqdm(total=total, initial=first, desc=title, unit=unit, file=_LogLines(), ascii=True, mininterval=10.0)
 
 
