@@ -44,9 +44,12 @@ def _label_counts(config: ModelConfig, key: str) -> np.ndarray:
 
 def _json_lines(path: str, what_to_do: str) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in read_text(path).splitlines()]
-    except UserError as error:
+        lines = [json.loads(line) for line in read_text(path).splitlines()]
+    except (UserError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read; {what_to_do}") from error
+    if not lines:
+        raise UserError(f"{path} is empty; {what_to_do}")
+    return lines
 
 
 def summary(config: ModelConfig, sacred_id: str) -> list[tuple[str, str]]:

@@ -137,10 +137,11 @@ def write_text(path: str, text: str) -> None:
     if is_remote(path):
         with gfile().GFile(aside, "w") as remote:
             remote.write(text)
+        rename(aside, path)
     else:
         try:
             with open(aside, "w", encoding="utf-8", newline="") as local:
                 local.write(text)
+            rename(aside, path)
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}); give a path that you may write") from error
-    rename(aside, path)

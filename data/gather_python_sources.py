@@ -8,6 +8,7 @@ Python and the same --limit_mb give the same files. The folder appears when it i
 
 import argparse
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -87,7 +88,7 @@ def gather(output_dir: Path, limit_bytes: int) -> tuple[list[tuple[Path, Path]],
         (what `choose` chose, whether it was copied now: False if all of it was there already)
 
     Raises:
-        UserError: output_dir holds something else.
+        UserError: output_dir holds something else or can't be written.
     """
     root = Path(sysconfig.get_path("stdlib"))
     chosen = choose(root, limit_bytes)
@@ -98,10 +99,15 @@ def gather(output_dir: Path, limit_bytes: int) -> tuple[list[tuple[Path, Path]],
         raise UserError(f"--output_dir {output_dir} holds something else already; remove it or give another folder")
     aside = output_dir.parent / f"{output_dir.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)  # what an interrupted run left
-    for source, target in tqdm(chosen, desc="gathering", unit="file"):
-        (aside / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / source, aside / target)
-    os.replace(aside, output_dir)
+    try:
+        for source, target in tqdm(chosen, desc="gathering", unit="file"):
+            (aside / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / source, aside / target)
+        os.replace(aside, output_dir)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir} can't be written ({error.strerror}); give another folder"
+        ) from error
     return chosen, True
 
 
@@ -123,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     args = parser.parse_args(argv)
-    if args.limit_mb <= 0:
-        raise UserError(f"--limit_mb {args.limit_mb} must be more than 0")
+    if not 0 < args.limit_mb < math.inf:
+        raise UserError(f"--limit_mb {args.limit_mb} must be a number above 0")
     output_dir = Path(os.path.abspath(args.output_dir))
     chosen, is_new = gather(output_dir, int(args.limit_mb * 1e6))
     if not is_new:

@@ -29,7 +29,7 @@ def write_manifest(output_dir: str, name: str, manifest: dict[str, Any]) -> None
 def find_complete(output_dir: str, name: str, planned: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a complete set made by the same options from the same input, None if there is nothing yet.
 
-    What an interrupted run of the same plan left behind is removed.
+    What an interrupted run of the same plan left behind is removed. A plan that gave no file binds nobody.
 
     Raises:
         UserError: the folder holds a set of this name that was made otherwise, or files of this name that no
@@ -45,11 +45,12 @@ def find_complete(output_dir: str, name: str, planned: dict[str, Any]) -> dict[s
     try:
         manifest = json.loads(read_text(path))
         differences = _differences(manifest, planned)
+        complete = bool(manifest["complete"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest of data/create_tfrecords.py; {other}") from error
-    if differences:
+    if differences and (found or complete):
         raise UserError(f"{output_dir} already holds a set {name} made otherwise ({'; '.join(differences)}); {other}")
-    if not manifest["complete"]:
+    if not complete:
         for file in found:
             remove(join(output_dir, file))
         return None

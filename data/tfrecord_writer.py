@@ -1,12 +1,15 @@
 """Token ids into tfrecords: one int64 feature `text` a record, NAME_<i>_<records>.tfrecords, each whole or absent."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.files import join, list_folder, make_folder, remove, rename
+from errors import UserError
 
 
 class WrittenFile(NamedTuple):
@@ -21,6 +24,18 @@ def files_of(output_dir: str, name: str) -> list[str]:
     """The names in output_dir of the tfrecords that a RecordSetWriter of that name wrote, and of its unfinished one."""
     pattern = re.compile(rf"{re.escape(name)}_\d+(_\d+\.tfrecords|\.partial)")
     return [file for file in list_folder(output_dir) if pattern.fullmatch(file)]
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """UserError where TensorFlow can't write the file: no room, no right."""
+    import tensorflow as tf  # as in `write`
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        reason = error.message.rpartition("; ")[2]
+        raise UserError(f"{path} can't be written ({reason}); put that right and run the same command again") from error
 
 
 class RecordSetWriter:
@@ -53,7 +68,8 @@ class RecordSetWriter:
         if kind is None:
             self._finish_file()
         else:
-            self._writer.close()
+            with contextlib.suppress(UserError):  # the error that ends the block is the one to tell
+                self._close()
             remove(self._aside())
 
     def _aside(self) -> str:
@@ -64,10 +80,12 @@ class RecordSetWriter:
         import tensorflow as tf  # here, because it takes seconds that the workers meanwhile use
 
         if self._writer is None:
-            self._writer = tf.io.TFRecordWriter(self._aside())
+            with _explained(self._aside()):
+                self._writer = tf.io.TFRecordWriter(self._aside())
         int64_list = tf.train.Int64List(value=ids.tolist())
         features = tf.train.Features(feature={"text": tf.train.Feature(int64_list=int64_list)})
-        self._writer.write(tf.train.Example(features=features).SerializeToString())
+        with _explained(self._aside()):
+            self._writer.write(tf.train.Example(features=features).SerializeToString())
         self._file_records += 1
         self._file_tokens += len(ids)
         low, high = int(ids.min()), int(ids.max())
@@ -76,8 +94,12 @@ class RecordSetWriter:
         if self._file_records == self._files_per:
             self._finish_file()
 
+    def _close(self) -> None:
+        with _explained(self._aside()):
+            self._writer.close()
+
     def _finish_file(self) -> None:
-        self._writer.close()
+        self._close()
         name = f"{self._name}_{len(self.files)}_{self._file_records}.tfrecords"
         rename(self._aside(), join(self._output_dir, name))
         self.files.append(WrittenFile(name, self._file_records, self._file_tokens))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from data.files import exists, join, write_text
+from data.files import exists, is_folder, join, make_folder, write_text
 from data.input_files import find_files, read_documents
 from data.readers import ReadOptions
 from errors import UserError, exits_cleanly
@@ -70,12 +70,15 @@ def _check(args: argparse.Namespace, output: str) -> None:
         raise UserError(
             f"--vocab_size {args.vocab_size} must be at least {least}: {_BYTES} bytes and the special tokens"
         )
+    if is_folder(output):
+        raise UserError(f"{output} is a folder; give another --output_dir")
     if exists(output) and not args.overwrite:
         raise UserError(f"{output} exists; give --overwrite to train it anew, or another --output_dir")
 
 
 def _train(args: argparse.Namespace) -> Tokenizer:
     files, _ = find_files(args.base_dir, args.file_type)
+    make_folder(args.output_dir)  # before the work, which would be lost if it could not be written
     problems: list[str] = []
     documents = 0
     with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading") as bar:
