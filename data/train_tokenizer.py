@@ -7,9 +7,10 @@ Any text can be encoded with it and comes back exactly: its alphabet is the 256 
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 # `python data/train_tokenizer.py` puts data/ on the path, but the modules are imported from the folder above it.
@@ -78,24 +79,27 @@ def _check(args: argparse.Namespace, output: str) -> None:
 
 def _train(args: argparse.Namespace) -> Tokenizer:
     files, _ = find_files(args.base_dir, args.file_type)
-    make_folder(args.output_dir)  # before the work, which would be lost if it could not be written
     problems: list[str] = []
     documents = 0
     with tqdm(total=sum(file.size for file in files), unit="B", unit_scale=True, desc="reading") as bar:
 
-        def counted() -> Iterable[str]:
+        def counted() -> Iterator[str]:
             nonlocal documents
             options = ReadOptions(lambda where, why: problems.append(f"{where}: {why}"), args.json_key)
             for text in read_documents(files, options, bar.update):
                 documents += 1
                 yield text
 
-        tokenizer = train_tokenizer(counted(), args.vocab_size, args.mask_token)
+        texts = counted()
+        first = next(texts, None)
+        if first is not None:
+            make_folder(args.output_dir)  # before the work, which would be lost if it could not be written
+            tokenizer = train_tokenizer(itertools.chain([first], texts), args.vocab_size, args.mask_token)
     for problem in problems[:_PROBLEMS_SHOWN]:
         print(f"left out: {problem}", file=sys.stderr)
     if len(problems) > _PROBLEMS_SHOWN:
         print(f"left out: {len(problems) - _PROBLEMS_SHOWN} more", file=sys.stderr)
-    if not documents:
+    if first is None:
         raise UserError(f"the input {args.base_dir} gave no document; give files that hold text")
     print(f"learned from {documents:,} documents in {len(files):,} files")
     return tokenizer
