@@ -141,6 +141,7 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
             )
             return 0
         _verify(job, evaluates, predicts)
+        input_fn = inputs.train_input_fn(config, job.special)
         # From here on files are touched: nothing is lost to a mistake that the lines above could find.
         if args.new:
             delete_model(config.model_path, args.yes)
@@ -148,7 +149,7 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
         job.log_devices()
         if step:
             logger.info("resuming from step %d", step)
-        step = _train_from(job, step, evaluates, predicts)
+        step = _train_from(job, input_fn, step, evaluates, predicts)
         if stop.signum is not None:
             logger.info("stopped at step %d, checkpoint saved; the same command goes on from there", step)
             return 128 + stop.signum
@@ -166,10 +167,9 @@ def _verify(job: Job, evaluates: bool, predicts: bool) -> None:
         _encoded_prompts(job)
 
 
-def _train_from(job: Job, step: int, evaluates: bool, predicts: bool) -> int:
+def _train_from(job: Job, input_fn: inputs.InputFn, step: int, evaluates: bool, predicts: bool) -> int:
     """Train from `step` until the end or a signal; the step reached."""
-    config, stop = job.config, job.stop
-    estimator, input_fn = job.estimator(), inputs.train_input_fn(config, job.special)
+    config, stop, estimator = job.config, job.stop, job.estimator()
     interval = job.args.steps_per_checkpoint if evaluates or predicts else config.train_steps
     while step < config.train_steps and stop.signum is None:
         target = min(config.train_steps, (step // interval + 1) * interval)
