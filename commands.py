@@ -23,7 +23,7 @@ from sample import Sampling
 from training.checkpoints import latest_step, newest_checkpoint
 from training.failures import explained
 from training.hooks import BatchBar, StopOnSignal
-from training.model_dir import KeepConfig, delete_model, make_model_dir
+from training.model_dir import KeepConfig, delete_model, make_model_dir, warn_of_changes
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
         make_model_dir(config)
         job.log_devices()
         if step:
+            warn_of_changes(config)
             logger.info("resuming from step %d", step)
         step = _train_from(job, input_fn, step, evaluates, predicts)
         if stop.signum is not None:
@@ -246,4 +247,5 @@ def _require_checkpoint(config: ModelConfig) -> int:
         raise UserError(
             f"model_path {config.model_path!r} holds no checkpoint; train the model first or correct model_path"
         )
+    warn_of_changes(config)
     return latest_step(config.model_path)

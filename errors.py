@@ -1,6 +1,7 @@
 """What every command says when its user can put the matter right."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -21,7 +22,11 @@ class Command(Protocol):
 
 
 def exits_cleanly(main: Callable[[Sequence[str] | None], int | None]) -> Command:
-    """Make `main(argv)` return an exit code: its own (None means 0), 2 after a UserError, 130 after Ctrl-C."""
+    """Make `main(argv)` return an exit code.
+
+    Its own (None means 0); 2 after a UserError; 130 after Ctrl-C; 141 when whoever reads its output stops reading, as
+    `| head` does.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
@@ -33,5 +38,8 @@ def exits_cleanly(main: Callable[[Sequence[str] | None], int | None]) -> Command
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed on leaving
+            return 141
 
     return wrapped

@@ -52,8 +52,14 @@ def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
 def report(result: Mapping[str, Any], model_path: str, sacred_id: str) -> None:
     """Print `result` as one JSON line and append it to `<model_path>/eval_<sacred_id>.jsonl`."""
     line = json.dumps(result)
-    print(line, flush=True)
     path = os.path.join(model_path, f"eval_{sacred_id}.jsonl")
+    try:
+        print(line, flush=True)
+    finally:  # kept also when nobody reads what is printed
+        _append(path, line)
+
+
+def _append(path: str, line: str) -> None:
     try:
         with tf.io.gfile.GFile(path, "a") as file:
             file.write(line + "\n")

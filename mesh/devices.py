@@ -62,7 +62,7 @@ def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
             raise UserError(f"--gpu_ids {given!r} is not a device; write it like device:GPU:0, gpu:0 or cpu:0")
         kind, index = match["kind"].upper(), int(match["index"])
         if kind == "GPU" and index >= visible:
-            there = f"the visible GPUs are gpu:0 ... gpu:{visible - 1}" if visible else "TensorFlow sees no GPU here"
+            there = f"the visible GPUs are gpu:0 ... gpu:{visible - 1}" if visible else _why_no_gpu()
             raise UserError(
                 f"--gpu_ids {given!r} names a GPU that is not there; {there}; for the CPU use --gpu_ids cpu:0"
             )
@@ -71,6 +71,12 @@ def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
             raise UserError(f"--gpu_ids names {given!r} twice; name each device once")
         names.append(name)
     return LocalDevices(tuple(names))
+
+
+def _why_no_gpu() -> str:
+    if tf.test.is_built_with_cuda():
+        return "TensorFlow sees no GPU here"
+    return "this TensorFlow is built for CPUs alone (requirements-gpu.txt names the one for GPUs)"
 
 
 def tpu_resolver(name: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:

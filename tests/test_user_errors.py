@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import config
 import summarize
 from data import create_tfrecords, gather_python_sources, train_tokenizer
+from errors import UserError
 from tests.record_files import damage, example, write_records, write_serialized
 from tests.workspace import Workspace
+from training.failures import explained
+from training.model_dir import warn_of_changes
 
 SMALL = {"n_layer": 1, "attention_types": []}
 CPU_2 = "--gpu_ids cpu:0 cpu:1"
@@ -110,7 +115,7 @@ DEVICES = {
     "one axis twice": Case(
         f"{CPU_2} --mesh_shape x:2 --layout batch:x,heads:x", "'batch' and 'heads' over the same axis"
     ),
-    "GPU": Case("--gpu_ids gpu:7", "--gpu_ids 'gpu:7' names a GPU that is not there; TensorFlow sees no GPU"),
+    "GPU": Case("--gpu_ids gpu:7", "--gpu_ids 'gpu:7' names a GPU that is not there; "),
     "device": Case("--gpu_ids 0", "--gpu_ids '0' is not a device; write it like device:GPU:0"),
     "device twice": Case("--gpu_ids cpu:0 /device:CPU:0", "--gpu_ids names '/device:CPU:0' twice"),
     "mixed devices": Case("--gpu_ids cpu:0 gpu:0", "--gpu_ids 'cpu:0 gpu:0' mixes GPUs and CPUs"),
@@ -329,9 +334,6 @@ def test_a_mistake_ends_in_a_sentence_and_loses_nothing(
 
 
 def test_errors_of_the_disk_and_of_the_memory_are_told_apart(tmp_path: Path) -> None:
-    from errors import UserError
-    from training.failures import explained
-
     run = make_workspace(tmp_path, {}, {}, (1, "chunks"))
     loaded = config.load_model_config(run.config_path)
     full = "/m/model.ckpt-7.meta.tmp1; No space left on device"
@@ -341,3 +343,20 @@ def test_errors_of_the_disk_and_of_the_memory_are_told_apart(tmp_path: Path) -> 
         assert sentence in str(caught.value)
     with pytest.raises(tf.errors.InvalidArgumentError), explained(loaded, "eval_batch_size"):
         raise tf.errors.InvalidArgumentError(None, None, "a defect of ours keeps its traceback")
+
+
+def test_a_model_that_was_trained_as_another_one_is_told(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_workspace(tmp_path, {"n_head": 2, "local_attention_radius": 3}, {}, (1, "chunks"))
+    shutil.copytree(trained, run.model_path)
+    loaded = config.load_model_config(run.config_path)
+    warn_of_changes(loaded)
+    assert caplog.messages == [f"n_head is 2, but the model in {run.model_path} was trained with 4"]
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(tmp_path: Path) -> None:
+    run = make_workspace(tmp_path, {}, {}, (1, "chunks"))
+    command = f"{sys.executable} main.py --model {run.config_path} --check_dataset; echo $? >&2"
+    done = subprocess.run(f"({command}) | true", shell=True, cwd=config.CONFIG_DIR.parent, stderr=subprocess.PIPE)
+    assert done.stderr.decode().endswith("\n141\n") and b"Traceback" not in done.stderr

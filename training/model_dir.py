@@ -8,7 +8,7 @@ import sys
 
 import tensorflow.compat.v1 as tf
 
-from config import ModelConfig, config_to_json, read_text
+from config import ModelConfig, config_to_json, load_model_config, read_text
 from errors import UserError
 from training.checkpoints import reason
 
@@ -51,6 +51,22 @@ def _is_ours(path: str) -> bool:
 def _write(path: str, config: ModelConfig) -> None:
     with tf.io.gfile.GFile(path, "w") as file:
         file.write(config_to_json(config))
+
+
+# Keys that change what a model computes and none of its variables: a checkpoint cannot tell that they are wrong.
+_INVISIBLE = ("n_head", "activation_function", "layer_attention", "local_attention_radius", "rotary_emb")
+
+
+def warn_of_changes(config: ModelConfig) -> None:
+    """Warn where the model in `model_path` was trained as another one that has the same variables."""
+    try:
+        trained = load_model_config(os.path.join(config.model_path, _CONFIG), allow_unbuilt=True)
+    except UserError:  # trained elsewhere, or long ago
+        return
+    for key in _INVISIBLE:
+        was, now = getattr(trained, key), getattr(config, key)
+        if was != now and (key != "local_attention_radius" or "local" in config.layer_attention):
+            logger.warning("%s is %s, but the model in %s was trained with %s", key, now, config.model_path, was)
 
 
 class KeepConfig(tf.train.SessionRunHook):
