@@ -108,7 +108,7 @@ def test_metrics_of_steps_that_are_made_again_are_removed(tmp_path: Path) -> Non
 
 # The main thread is where no signal handler of Python's runs: inside a C function that does not return.
 DEADLOCK = """
-import ctypes, sys
+import ctypes, sys, threading
 from training.hooks import StopOnSignal
 StopOnSignal._PATIENCE = 0.5
 libc = ctypes.CDLL(None)
@@ -117,7 +117,7 @@ with StopOnSignal() as stop:
     if sys.argv[1] == "training":
         stop.after_create_session(None, None)
     libc.pthread_mutex_lock(mutex)
-    print("locked", flush=True)
+    threading.Timer(1.0, print, ("locked",), {"flush": True}).start()  # when the main thread waits for the lock
     libc.pthread_mutex_lock(mutex)
 """
 
