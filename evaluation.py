@@ -31,21 +31,31 @@ def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
     """Token-weighted means from what the model function's evaluation returned.
 
     Losses are in nats per token; perplexity = exp(cross entropy); bits_per_byte is null where the bytes are not known,
-    and perplexity where no float can hold it.
+    and whatever is no longer a number is null as well.
+
+    Raises:
+        UserError: no token was scored.
     """
-    cross_entropy = float(sums["cross_entropy"])
     tokens, size = int(sums["tokens"]), int(sums["bytes"])
+    if not tokens:
+        raise UserError(
+            "eval_path holds no token to score in the batches that were read; check it with --check_dataset"
+        )
+    cross_entropy = float(sums["cross_entropy"])
     bits = cross_entropy / math.log(2)
-    return {
+    result = {
         "task": TASK,
         "global_step": int(sums["global_step"]),
         "loss": float(sums["objective"]),
         "cross_entropy": cross_entropy,
-        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else None,
+        "perplexity": math.exp(min(cross_entropy, 700.0)),  # exp() of more has no float
         "bits_per_token": bits,
         "bits_per_byte": bits * tokens / size if knows_bytes and size else None,
         "tokens": tokens,
         "bytes": size if knows_bytes else None,
+    }
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
     }
 
 

@@ -173,12 +173,15 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     verify_checkpoint(config.model_path, tf.global_variables())
 
     restore = mtf.MtfRestoreHook(lowering)
-    to_masters = lowering.copy_slices_to_masters()
-    save = CheckpointHook(config.model_path, run.steps_per_checkpoint)
+    on_tpu = run.devices is None
+    with mtf.utils.outside_all_rewrites():  # on a TPU, what a session runs by itself stays out of the computation
+        to_masters = lowering.copy_slices_to_masters()
+        steps_per_run = config.iterations if on_tpu else 1
+        save = CheckpointHook(config.model_path, run.steps_per_checkpoint, steps_per_run)
     save.before.append(lambda session: session.run(to_masters))
     host_call = None
     hooks: list[Any] = []
-    if run.devices is None:
+    if on_tpu:
         for name, value in metrics.items():
             tf.add_to_collection(mtf.utils.SCALAR_SUMMARIES_COLLECTION_KEY, (name, value))
         host_call = mtf.utils.create_host_call(config.model_path)

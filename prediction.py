@@ -59,10 +59,10 @@ def encode_prompt(
             f"the prompt {text[:40]!r} has token id {max(ids)} but n_vocab is {config.n_vocab}; "
             "use the tokenizer the model was trained with"
         )
-    room = min(max_new_tokens or config.n_ctx // 2, config.n_ctx - 1)
-    kept = config.n_ctx - room
-    if len(ids) < config.n_ctx and (max_new_tokens is None or len(ids) <= kept):
+    if len(ids) < config.n_ctx:
         return ids
+    room = min(max_new_tokens or config.n_ctx, max(1, config.n_ctx // 2))
+    kept = config.n_ctx - room
     logger.warning(
         "the prompt %r has %d tokens of the context's %d; the model sees its last %d, to make room for %d new ones",
         text[:40],

@@ -37,7 +37,8 @@ class Sampling:
 
 def filter_logits(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
     """[rows, vocab] logits after temperature, top-k and top-p; tokens that may not be drawn get a logit of -1e30."""
-    logits = logits / sampling.temperature
+    # the highest logit becomes 0 first, so that no temperature, however small, makes it infinite
+    logits = (logits - tf.reduce_max(logits, axis=-1, keepdims=True)) / sampling.temperature
     never = tf.fill(tf.shape(logits), _NEVER)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = tf.math.top_k(logits, sampling.top_k).values[:, -1:]

@@ -113,8 +113,8 @@ def _require_answer(name: str, address: str) -> None:
             grpc.channel_ready_future(channel).result(timeout=_TPU_PATIENCE)
         except grpc.FutureTimeoutError as error:
             raise UserError(
-                f"--tpu {name!r}: nothing answers at {address} within {_TPU_PATIENCE} seconds; check that the node is "
-                "READY and can be reached from here, or use --gpu_ids"
+                f"--tpu {name!r}: nothing answers at {address} within {_TPU_PATIENCE:.0f} seconds; check that the node "
+                "is READY and can be reached from here, or use --gpu_ids"
             ) from error
 
 

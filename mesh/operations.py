@@ -16,6 +16,16 @@ from mesh import mtf
 GradientFn = Callable[[mtf.Operation, Sequence[mtf.Tensor | None]], Sequence[mtf.Tensor | None]]
 
 
+def rename(x: mtf.Tensor, old: str, new: str) -> mtf.Tensor:
+    """`x` with its dimension `old` called `new`, whatever a layout does to either name.
+
+    Mesh-TensorFlow's own renaming permutes the entries, without any error, where the two names are split over
+    different mesh axes; a name that no layout splits stands between them here.
+    """
+    between = f"renamed_{new}"
+    return mtf.rename_dimension(mtf.rename_dimension(x, old, between), between, new)
+
+
 def slice_start(mesh_impl: mtf.MeshImpl, dim: mtf.Dimension) -> Any:
     """Index along `dim` at which each slice begins: the plain integer 0 where `dim` is not split, else laid out."""
     axis = mesh_impl.tensor_dimension_to_mesh_axis(dim)

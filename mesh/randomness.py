@@ -34,9 +34,12 @@ def make_key(mesh: mtf.Mesh, seed: int, step: tf.Tensor | int) -> mtf.Tensor:
 
 def fold_in(key: mtf.Tensor, data: mtf.Tensor) -> mtf.Tensor:
     """A key derived from `key` and the int32 scalar `data`, such as the number of a microbatch or a position."""
-    return SlicewiseOperation(
-        tf.random.experimental.stateless_fold_in, [key, data], [(key.shape, tf.int32)], name="fold_in"
-    ).outputs[0]
+    return SlicewiseOperation(_fold, [key, data], [(key.shape, tf.int32)], name="fold_in").outputs[0]
+
+
+def _fold(key: tf.Tensor, data: tf.Tensor) -> tf.Tensor:
+    """By Philox on every device, where TensorFlow would choose another generator for a TPU."""
+    return tf.random.experimental.stateless_fold_in(key, data, alg="philox")
 
 
 def _draw_slice(
@@ -47,9 +50,7 @@ def _draw_slice(
     A slice of the first dimension is a run of the flat tensor: the counter is set to where the run begins. Along other
     split dimensions the whole extent is drawn and cut.
     """
-    key_, counter = tf.raw_ops.StatelessRandomGetKeyCounter(
-        seed=tf.random.experimental.stateless_fold_in(key, tf.constant(salt, tf.int32))
-    )
+    key_, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=_fold(key, tf.constant(salt, tf.int32)))
     row = int(np.prod(full[1:], dtype=np.int64))
     drawn, cut = list(full), list(starts)
     if full and part[0] != full[0] and (part[0] * row) % _NUMBERS_PER_COUNT == 0:
@@ -156,4 +157,5 @@ class StatelessNormal:
     def __call__(self, shape: Any, dtype: tf.DType = tf.float32, partition_info: Any = None) -> tf.Tensor:
         """`shape` as tf.get_variable passes it; values are drawn in float32 and cast to `dtype`."""
         del partition_info  # part of TensorFlow's initializer signature
-        return tf.cast(tf.random.stateless_normal(shape, seed=self._seed, stddev=self._stddev), dtype)
+        normal = tf.random.stateless_normal(shape, seed=self._seed, stddev=self._stddev, alg="philox")
+        return tf.cast(normal, dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
-from mesh.operations import cache_update
+from mesh.operations import cache_update, rename
 from models.context import Context
 
 
@@ -40,7 +40,7 @@ def remember(ctx: Context, x: mtf.Tensor, name: str) -> mtf.Tensor:
     if ctx.position is not None:
         ctx.states[state] = cache_update(ctx.states[state], x, ctx.position)
         return ctx.states[state]
-    x = mtf.rename_dimension(x, dims.sequence.name, dims.memory_length.name)
+    x = rename(x, dims.sequence.name, dims.memory_length.name)
     if ctx.keep_states_until is not None:
         # positions past the wanted one are in the cache too; they are overwritten before they are seen
         cached_shape = mtf.Shape([dims.memory_length, dims.batch, dims.heads, dims.features_per_head])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mesh import mtf
-from mesh.operations import embedding_lookup
+from mesh.operations import embedding_lookup, rename
 from models.context import Context
 
 POSITION_STDDEV = 0.01  # GPT-2
@@ -48,8 +48,10 @@ def _first(ctx: Context, table: mtf.Tensor) -> mtf.Tensor:
     """[embed_sequence, ...] -> the rows of the input's positions, [sequence, ...]"""
     dims = ctx.dims
     if dims.sequence.size < dims.embed_sequence.size:
-        table = mtf.slice(table, 0, dims.sequence.size, dims.embed_sequence.name)
-    return mtf.rename_dimension(table, dims.embed_sequence.name, dims.sequence.name)
+        table = mtf.rename_dimension(table, dims.embed_sequence.name, "positions")  # a name that no layout splits
+        table = mtf.slice(table, 0, dims.sequence.size, "positions")
+        return mtf.rename_dimension(table, "positions", dims.sequence.name)
+    return rename(table, dims.embed_sequence.name, dims.sequence.name)
 
 
 def rotate(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:

@@ -11,7 +11,7 @@ from mesh.randomness import make_key
 from models import gpt
 from models.context import Context
 from models.dims import make_dims
-from sample import Sampling, decode, filter_logits
+from sample import Sampling, decode, draw, filter_logits
 from tests.tiny import MtfSession, random_tokens, tiny_config
 
 FLOAT = mtf.VariableDType(tf.float32)
@@ -135,4 +135,19 @@ def test_filter_logits_keeps_the_tokens_that_may_be_drawn(sampling: Sampling, ke
     with tf.Graph().as_default(), tf.Session() as session:
         got = session.run(filter_logits(tf.constant(np.log(probabilities), tf.float32), sampling))[0]
     assert [i for i in range(4) if got[i] > -1e20] == kept
-    np.testing.assert_allclose(got[kept], np.log(probabilities[0, kept]) / sampling.temperature, rtol=1e-5)
+    expected = np.log(probabilities[0, kept] / probabilities.max()) / sampling.temperature  # a constant is no matter
+    np.testing.assert_allclose(got[kept], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    rows, probabilities = 20_000, np.array([0.1, 0.2, 0.3, 0.4])
+    batch, vocab = mtf.Dimension("batch", rows), mtf.Dimension("vocab", 4)
+
+    def build(mesh: mtf.Mesh) -> mtf.Tensor:
+        logits = mtf.import_tf_tensor(mesh, np.log(probabilities).astype(np.float32), mtf.Shape([vocab]))
+        logits = mtf.broadcast(logits, mtf.Shape([batch, vocab]))
+        return draw(logits, make_key(mesh, 1, 0), Sampling(temperature=0.5))
+
+    expected = probabilities**2 / (probabilities**2).sum()  # temperature 0.5 squares them
+    shares = np.bincount(MtfSession().run(build), minlength=4) / rows
+    np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / rows))

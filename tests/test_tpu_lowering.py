@@ -42,6 +42,9 @@ def lower(model_fn: Callable, mode: str, features: dict[str, np.ndarray], pick: 
 
         inputs = [tf.constant(value) for value in features.values()]
         tpu.replicate(computation, [inputs] * CORES, device_assignment=context.device_assignment)
+        for operation in graph.get_operations():
+            if operation.type in ("SaveV2", "RestoreV2", "MergeV2Checkpoints"):  # a session runs them by itself
+                assert graph.is_fetchable(operation) and "_tpu_replicate" not in operation.node_def.attr
         return graph.as_graph_def()
 
 

@@ -36,6 +36,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 MESHES = [
+    ("x:2,y:2", "sequence:x,memory_length:y"),
     ("x:4", "batch:x"),
     ("x:2,y:2", "batch:x,heads:y,intermediate_expanded:y,vocab:y"),
     ("x:2,y:2", "batch:x,embd:y"),

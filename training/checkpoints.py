@@ -110,11 +110,12 @@ class CheckpointHook(tf.train.SessionRunHook):
     unrolled over many devices, and saves once more what was just restored. Make it when all variables exist.
     """
 
-    def __init__(self, model_path: str, every_steps: int):
+    def __init__(self, model_path: str, every_steps: int, steps_per_run: int = 1):
         self.before: list[Callable[[tf.Session], object]] = []  # called with the session, before anything is saved
         self._prefix = os.path.join(model_path, "model.ckpt")
         self._model_path = model_path
         self._every_steps = every_steps
+        self._steps_per_run = steps_per_run  # at most; a TPU runs many steps before it returns to the host
         self._saver = tf.train.Saver(sharded=True, max_to_keep=CHECKPOINTS_KEPT, save_relative_paths=True)
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # where the Estimator looks for what restores
 
@@ -134,10 +135,14 @@ class CheckpointHook(tf.train.SessionRunHook):
 
     def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
         # the value fetched beside the training operation may be from before or after it
-        if run_values.results + 1 >= self._saved + self._every_steps:
+        if self._is_due(run_values.results + self._steps_per_run):
             step = int(run_context.session.run(self._step))
-            if step >= self._saved + self._every_steps:
+            if self._is_due(step):
                 self._save(run_context.session, step)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a multiple of `every_steps` was passed since the last checkpoint."""
+        return bool(step // self._every_steps > self._saved // self._every_steps)
 
     def end(self, session: tf.Session) -> None:
         step = int(session.run(self._step))
@@ -163,10 +168,11 @@ def stored_shapes(model_path: str) -> dict[str, list[int]] | None:
 
 
 def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None:
-    """Raise UserError when the newest checkpoint cannot hold `variables`: one is missing or has another shape."""
+    """Raise UserError when the newest checkpoint cannot hold `variables`: missing, of another shape or another type."""
     path, stored = newest_checkpoint(model_path), stored_shapes(model_path)
-    if stored is None:
+    if path is None or stored is None:
         return
+    dtypes = tf.train.load_checkpoint(path).get_variable_to_dtype_map()
     for variable in variables:
         name, shape = variable.op.name, variable.shape.as_list()
         if name not in stored:
@@ -178,4 +184,9 @@ def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None
             raise UserError(
                 f"checkpoint {path!r} holds {name!r} of shape {list(stored[name])} but the config makes it {shape}; "
                 "use the config it was trained with, another model_path, or start again with --new"
+            )
+        if dtypes[name] != variable.dtype.base_dtype:
+            raise UserError(
+                f"checkpoint {path!r} holds {name!r} as {dtypes[name].name}, which is not converted to "
+                f"{variable.dtype.base_dtype.name} yet; the file is whole: keep it, and use a checkpoint of that type"
             )

@@ -102,6 +102,10 @@ class StopOnSignal(tf.train.SessionRunHook):
     def after_create_session(self, session: tf.Session, coord: tf.train.Coordinator) -> None:
         self._is_training = True
 
+    def before_run(self, run_context: tf.train.SessionRunContext) -> None:
+        for signum in self._previous:  # TPUEstimator puts the default handler in place before every run
+            signal.signal(signum, self._on_signal)
+
     def after_run(self, run_context: tf.train.SessionRunContext, run_values: Any) -> None:
         if self.signum is not None:
             run_context.request_stop()

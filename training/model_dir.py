@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 _CONFIG = "config.json"
 # What runs write there, besides config.json, which the next run replaces.
 _WRITTEN = (
-    *("checkpoint", "model.ckpt-*", "graph.pbtxt", "metrics.jsonl", "eval", "export"),
-    *("events.out.tfevents.*", "eval_*.jsonl", "predictions_*", "config.json.tmp", "metrics.jsonl.tmp"),
+    *("checkpoint", "model.ckpt-*", "graph.pbtxt", "metrics.jsonl", "events.out.tfevents.*"),
+    *("eval_*.jsonl", "predictions_*_[0-9]*.txt", "config.json.tmp", "metrics.jsonl.tmp"),
 )
 
 
@@ -105,8 +105,10 @@ def delete_model(model_path: str, yes: bool) -> None:
             raise UserError(f"--new: {model_path!r} was kept; run without --new to go on from its last checkpoint")
     try:
         for name in written:
-            path = os.path.join(model_path, name)
-            (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
+            tf.io.gfile.remove(os.path.join(model_path, name))
+        evaluations = os.path.join(model_path, "eval")  # where the Estimator keeps the curves of evaluations
+        for path in tf.io.gfile.glob(os.path.join(evaluations, "events.out.tfevents.*")):
+            tf.io.gfile.remove(path)
     except tf.errors.OpError as error:
         raise UserError(f"--new cannot delete {model_path!r} ({reason(error)}); delete it by hand") from error
     if others:
