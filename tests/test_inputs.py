@@ -237,7 +237,7 @@ def test_evaluation_of_documents_scores_every_token_but_the_first_once(tmp_path:
 def test_windows_do_not_depend_on_how_many_documents_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("inputs._DOCUMENTS_AT_ONCE", at_once)
+    monkeypatch.setattr("input_pipeline.sampling._DOCUMENTS_AT_ONCE", at_once)
     documents = [[10 * number + place for place in range(1, 2 + number % 7)] for number in range(40)]
     write_records(tmp_path / "d_0.tfrecords", documents)
     config = config_of([entry(tmp_path / "d_*", "documents_random", 3)])

@@ -1,0 +1,182 @@
+"""How a source's records become windows of n_ctx + 1 tokens: a sampling mode is a row of SAMPLING."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import tensorflow.compat.v1 as tf
+
+from input_pipeline.errors import require
+from input_pipeline.order import draw_below, ordered_records, stream_key
+from input_pipeline.sources import Source
+from input_pipeline.tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
+
+
+@dataclass(frozen=True)
+class SamplingMode:
+    """How records become windows: int64 [n_ctx + 1]."""
+
+    prepare: Callable[[Source], None]  # finds out, before a graph is built, what `train` will need
+    train: Callable[[Source, tf.Tensor], tf.data.Dataset]  # (source, first sample) -> windows, for ever
+    evaluate: Callable[[Source], tf.data.Dataset]  # -> (window, number of its labels to score), every record once
+    count: Callable[[Source], int]  # how many windows `evaluate` gives
+
+
+def _prepare_chunks(source: Source) -> None:
+    if not source.drop_short:
+        _ = source.windows_per_record
+    _ = source.counts
+
+
+def _train_chunks(source: Source, first: tf.Tensor) -> tf.data.Dataset:
+    if source.drop_short:
+        # Which records fall out is known only once they are parsed, so all samples before the first are read as well.
+        return _chunk_windows(_training_records(source, tf.zeros_like(first)), source).skip(first)
+    first_record, first_window = first // source.windows_per_record, first % source.windows_per_record
+    return _chunk_windows(_training_records(source, first_record), source).skip(first_window)
+
+
+def _evaluate_chunks(source: Source) -> tf.data.Dataset:
+    count = tf.constant(source.n_ctx, tf.int64)
+    return _chunk_windows(_records_in_file_order(source), source).map(lambda window: (window, count))
+
+
+def _count_chunks(source: Source) -> int:
+    if not source.drop_short:
+        return sum(source.counts) * source.windows_per_record
+    with TokenReader() as reader:
+        lengths = (records.lengths for path in source.files for records in reader.read(path))
+        return sum(int(((tokens - 1) // source.n_ctx).sum()) for tokens in lengths)
+
+
+def _chunk_windows(records: tf.data.Dataset, source: Source) -> tf.data.Dataset:
+    """Windows of each record in turn: windows_per_record, or, where short records drop out, as many as it holds."""
+
+    def windows(serialized: tf.Tensor) -> tf.Tensor:
+        tokens = _parse(serialized[None], source).flat_values
+        size = tf.size(tokens, out_type=tf.int64)
+        if source.drop_short:
+            return _windows(tokens, (size - 1) // source.n_ctx, source.n_ctx)
+        needed = source.windows_per_record * source.n_ctx + 1
+        enough = require(
+            size >= needed,
+            f"{source.title}: a record of {source.key} holds ", size,
+            f" tokens, and sampling mode chunks needs {needed}, as its first record has; set "
+            "remove_partial_sequences to true to leave such records out, or sample it with documents_random",
+        )  # fmt: skip
+        with tf.control_dependencies([enough]):
+            return _windows(tokens, source.windows_per_record, source.n_ctx)
+
+    return records.map(windows, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+
+
+def _prepare_documents(source: Source) -> None:
+    _ = source.counts
+
+
+def _train_random_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
+    key = stream_key(source.seed, source.index, "window")
+
+    def window(sample: tf.Tensor, serialized: tf.Tensor) -> tf.Tensor:
+        documents = _parse(serialized, source)
+        tokens = _joined(documents, source.eos_id)
+        size = tf.size(tokens, out_type=tf.int64)
+        enough = require(
+            size > source.n_ctx,
+            f"{source.title}: {source.stitch} documents in a row of {source.key}, the shortest of ",
+            tf.reduce_min(documents.row_lengths()), " tokens, hold ", size,
+            f" in all, and a window needs n_ctx + 1 = {source.n_ctx + 1}; set stitch (now {source.stitch}) so that "
+            "stitch * (tokens of the shortest document + 1) >= n_ctx + 1",
+        )  # fmt: skip
+        with tf.control_dependencies([enough]):
+            begin = draw_below(size - source.n_ctx, key, sample)
+        return tf.ensure_shape(tokens[begin : begin + source.n_ctx + 1], [source.n_ctx + 1])
+
+    records = _training_records(source, first * source.stitch)
+    groups = records.batch(source.stitch, drop_remainder=True).enumerate(first)
+    return groups.map(window, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _evaluate_documents(source: Source) -> tf.data.Dataset:
+    """The documents joined into one text, cut into windows that overlap by a token; the last is filled with padding."""
+    groups = _records_in_file_order(source).batch(_DOCUMENTS_AT_ONCE)
+    texts = groups.map(
+        lambda serialized: (_joined(_parse(serialized, source), source.eos_id), False),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    end = tf.data.Dataset.from_tensors((tf.zeros([0], tf.int64), True))
+
+    def cut(rest: tf.Tensor, piece: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
+        text, is_end = piece
+        text = tf.concat([rest, text], axis=0)
+        labels = tf.maximum(tf.size(text, out_type=tf.int64) - 1, 0)
+        whole = labels // source.n_ctx
+        number = tf.where(is_end, -(-labels // source.n_ctx), whole)
+        filled = tf.concat([text, tf.fill([source.n_ctx], tf.constant(source.padding_id, tf.int64))], axis=0)
+        counts = tf.minimum(labels - tf.range(number) * source.n_ctx, source.n_ctx)
+        return text[whole * source.n_ctx :], (_windows(filled, number, source.n_ctx), counts)
+
+    return texts.concatenate(end).scan(tf.zeros([0], tf.int64), cut).unbatch()
+
+
+def _count_documents(source: Source) -> int:
+    tokens = 0
+    with TokenReader() as reader:
+        for path in source.files:
+            for records in reader.read(path):
+                tokens += len(records.tokens) + int((~records.ends_in(source.eos_id)).sum())
+    return -(-max(tokens - 1, 0) // source.n_ctx)
+
+
+_DOCUMENTS_AT_ONCE = 64
+
+SAMPLING: dict[str, SamplingMode] = {
+    "chunks": SamplingMode(_prepare_chunks, _train_chunks, _evaluate_chunks, _count_chunks),
+    "documents_random": SamplingMode(_prepare_documents, _train_random_windows, _evaluate_documents, _count_documents),
+}
+
+
+def _training_records(source: Source, first_record: tf.Tensor) -> tf.data.Dataset:
+    seed = stream_key(source.seed, source.index)
+    return ordered_records(source.files, source.counts, seed, source.shuffle, first_record)
+
+
+def _records_in_file_order(source: Source) -> tf.data.Dataset:
+    return tf.data.TFRecordDataset(list(source.files), buffer_size=READ_BUFFER_BYTES)
+
+
+def _parse(serialized: tf.Tensor, source: Source) -> tf.RaggedTensor:
+    """string [records] -> int64 [records, (tokens)], every id checked."""
+    text = parse_text(serialized)
+    is_there = require(
+        tf.reduce_all(tf.strings.length(serialized) > 0),
+        f"{source.title}: a file of {source.key} holds fewer records than its name says; --check_dataset names it",
+    )
+    has_text = require(
+        tf.reduce_all(text.row_lengths() > 0),
+        f"{source.title}: a record of {source.key} has no int64 feature `{FEATURE}`, or an empty one; {EXPECTED}",
+    )
+    ids = text.flat_values
+    strange = ((ids < 0) | (ids >= source.n_vocab)) & tf.not_equal(ids, source.padding_id)
+    worst = tf.reduce_max(tf.where(strange, ids, tf.fill(tf.shape(ids), tf.int64.min)))
+    in_vocabulary = require(
+        tf.logical_not(tf.reduce_any(strange)),
+        f"{source.title}: token id ", worst, f" in a record of {source.key} is outside the vocabulary (n_vocab "
+        f"{source.n_vocab}, padding_id {source.padding_id}); raise n_vocab or use the tokenizer's own files",
+    )  # fmt: skip
+    with tf.control_dependencies([is_there, has_text, in_vocabulary]):
+        return text.with_flat_values(tf.identity(ids))
+
+
+def _joined(documents: tf.RaggedTensor, eos_id: int) -> tf.Tensor:
+    """int64 [documents, (tokens)] -> int64 [tokens]: one eos after each document, where it does not end in one."""
+    last = tf.gather(documents.flat_values, documents.row_splits[1:] - 1)
+    missing = tf.cast(tf.not_equal(last, eos_id), tf.int64)
+    ends = tf.RaggedTensor.from_row_lengths(tf.fill([tf.reduce_sum(missing)], tf.constant(eos_id, tf.int64)), missing)
+    return tf.concat([documents, ends], axis=1).flat_values
+
+
+def _windows(tokens: tf.Tensor, number: int | tf.Tensor, n_ctx: int) -> tf.Tensor:
+    """int64 [tokens] -> int64 [number, n_ctx + 1]: each begins with the last token of the one before."""
+    starts = tf.range(tf.cast(number, tf.int64)) * n_ctx
+    return tf.gather(tokens, starts[:, None] + tf.range(n_ctx + 1, dtype=tf.int64))
