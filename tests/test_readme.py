@@ -160,6 +160,9 @@ def check_parsed(tmp_path: Path, command: str) -> None:
         return
     args = main.parse_arguments(argv)
     main.check_arguments(args)
+    if f"configs/{args.model}.json" not in json_blocks():
+        assert main.read_config(args).name == args.model
+        return
     dataset = tmp_path / "dataset.json"
     dataset.write_text(json.dumps(json_blocks()[f"configs/dataset_configs/{args.model}.json"]))
     values = json_blocks()[f"configs/{args.model}.json"]
