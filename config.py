@@ -48,7 +48,6 @@ NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mlm_training", bool, "it must be false"),
     ("opt_name", lambda name: name == "adafactor", 'it must be "adam"'),
     ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),
-    ("datasets", lambda sources: _samples_fixed(sources), 'sampling modes must be "chunks" or "documents_random"'),
     ("eval_tasks", bool, "it must be an empty list"),
     ("log_grads", bool, "it must be false"),
     ("activation_function", lambda name: name in _UNBUILT_ACTIVATIONS, f"not built: {listed(_UNBUILT_ACTIVATIONS)}"),
@@ -316,10 +315,6 @@ def _unknown(key: str, value: Any, schema: type[BaseModel]) -> str:
     if key in others:
         hint = f"it belongs in the config of a {'dataset' if schema is ModelConfig else 'model'}"
     return f'there is no key "{key}" (its value is {_value(value)}); {hint}'
-
-
-def _samples_fixed(sources: Iterable[DatasetSource]) -> bool:
-    return any(source.sampling_mode == "documents_fixed" for source in sources)
 
 
 def _value(value: Any) -> str:

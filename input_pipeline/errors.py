@@ -18,7 +18,7 @@ _DAMAGED = re.compile(r"(corrupted|truncated) record at \d+")
 
 def require(condition: tf.Tensor, *words: str | tf.Tensor) -> tf.Operation:
     """An assertion whose failure `explain_input_error` turns into the sentence that the words and numbers spell."""
-    parts = [word if isinstance(word, str) else tf.strings.as_string(word) for word in words]
+    parts = [word if isinstance(word, str) or word.dtype == tf.string else tf.strings.as_string(word) for word in words]
     return tf.debugging.Assert(condition, [tf.strings.join(["<input error>", *parts, "</input error>"])])
 
 

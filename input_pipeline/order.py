@@ -1,4 +1,4 @@
-"""Which record and which dataset comes when: pure functions of a position in the training stream.
+"""Which record or window and which dataset comes when: pure functions of a position in the training stream.
 
 Nothing here keeps state, so a run resumed at step s reads what an uninterrupted run would have read from step s on.
 """
@@ -6,16 +6,16 @@ Nothing here keeps state, so a run resumed at step s reads what an uninterrupted
 import hashlib
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-from input_pipeline.tfrecords import READ_BUFFER_BYTES
+from input_pipeline.errors import require
 
-# Records are shuffled within consecutive blocks of this many: a bounded memory, and a position can be sought.
-BLOCK_RECORDS = 4096
+# Elements are shuffled within consecutive blocks of this many: a bounded memory, and a position can be sought.
+BLOCK_ELEMENTS = 4096
 # Shares that need a longer cycle than this are rounded to a part in it.
 _LONGEST_CYCLE = 100_000
 _FOREVER = tf.int64.max
@@ -69,42 +69,76 @@ def draw_below(bound: tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:
     return tf.random.stateless_uniform([], [key, index], 0, bound, tf.int64, alg="philox")
 
 
-def ordered_records(
-    files: Sequence[str], counts: Sequence[int], seed: int, shuffle: bool, first_record: tf.Tensor
+def ordered_elements(
+    files: Sequence[str],
+    counts: Sequence[int],
+    read: Callable[[tf.Tensor], tf.data.Dataset],
+    seed: int,
+    shuffle: bool,
+    first: tf.Tensor,
 ) -> tf.data.Dataset:
-    """Infinite dataset of serialized records: those of the training order from position `first_record` (int64 []) on.
+    """Infinite dataset of the files' elements: those of the training order from position `first` (int64 []) on.
 
-    Every epoch reads each record once. With `shuffle` it permutes the files anew and then the records within blocks of
-    BLOCK_RECORDS; without, it keeps the files' order. Reaching a position opens one file, hops over the headers of
-    the records before it and reads at most one block too many. A file with fewer records than `counts` says is
-    filled up with empty strings, so that the reader of a record can refuse them.
+    Every epoch gives each element once. With `shuffle` it permutes the files anew and then the elements within blocks
+    of BLOCK_ELEMENTS; without, it keeps the files' order. Reaching a position opens one file, passes over the elements
+    before it and reads at most one block too many.
+
+    Args:
+        files: paths.
+        counts: how many elements each file holds; a file that holds more or fewer is refused while it is read.
+        read: path (string []) -> the file's elements in their order, tensors of one dtype and static shape.
+        seed, shuffle, first: as above.
     """
     total = sum(counts)
     names, sizes = np.array(files), np.array(counts, np.int64)
-    file_key, record_key = stream_key(seed, "files"), stream_key(seed, "records")
-    blocks_per_epoch = math.ceil(total / BLOCK_RECORDS)
-    first_epoch, first_block = first_record // total, first_record % total // BLOCK_RECORDS
+    file_key, element_key = stream_key(seed, "files"), stream_key(seed, "records")
+    blocks_per_epoch = math.ceil(total / BLOCK_ELEMENTS)
+    first_epoch, first_block = first // total, first % total // BLOCK_ELEMENTS
 
     def epoch_blocks(epoch: tf.Tensor) -> tf.data.Dataset:
-        """(number of the block since the beginning of training, serialized [records]), ..."""
+        """(number of the block since the beginning of training, [elements, ...]), ..."""
         block = tf.where(tf.equal(epoch, first_epoch), first_block, tf.zeros_like(first_block))
         order = _permutation(len(files), file_key, epoch) if shuffle else tf.range(len(files))
         size = tf.gather(sizes, order)
-        passed = tf.clip_by_value(block * BLOCK_RECORDS - tf.cumsum(size, exclusive=True), 0, size)
-        paths = tf.data.Dataset.from_tensor_slices((tf.gather(names, order), passed, size - passed))
-        records = paths.filter(lambda path, skip, take: take > 0).flat_map(_read_file)
-        return records.batch(BLOCK_RECORDS).enumerate(epoch * blocks_per_epoch + block)
+        passed = tf.clip_by_value(block * BLOCK_ELEMENTS - tf.cumsum(size, exclusive=True), 0, size)
+        paths = tf.data.Dataset.from_tensor_slices((tf.gather(names, order), passed, size))
+        unread = paths.filter(lambda path, passed, size: passed < size)
+        elements = unread.flat_map(lambda path, passed, size: _read_exactly(read, path, passed, size))
+        return elements.batch(BLOCK_ELEMENTS).enumerate(epoch * blocks_per_epoch + block)
 
-    def permuted(block: tf.Tensor, records: tf.Tensor) -> tf.Tensor:
-        return tf.gather(records, _permutation(tf.size(records), record_key, block)) if shuffle else records
+    def permuted(block: tf.Tensor, elements: tf.Tensor) -> tf.Tensor:
+        if not shuffle:
+            return elements
+        return tf.gather(elements, _permutation(tf.shape(elements)[0], element_key, block))
 
     blocks = tf.data.Dataset.range(first_epoch, _FOREVER).flat_map(epoch_blocks).prefetch(1)
-    return blocks.map(permuted).unbatch().skip(first_record % total % BLOCK_RECORDS)
+    return blocks.map(permuted).unbatch().skip(first % total % BLOCK_ELEMENTS)
 
 
-def _read_file(path: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
-    missing = tf.data.Dataset.from_tensors("").repeat()
-    return tf.data.TFRecordDataset(path, buffer_size=READ_BUFFER_BYTES).skip(skip).concatenate(missing).take(take)
+def _read_exactly(
+    read: Callable[[tf.Tensor], tf.data.Dataset], path: tf.Tensor, passed: tf.Tensor, size: tf.Tensor
+) -> tf.data.Dataset:
+    """The elements of a file of `size` from number `passed` on; an assertion fails where it holds more or fewer."""
+    elements = read(path).skip(passed)
+    nothing = tf.zeros(elements.element_spec.shape, elements.element_spec.dtype)
+    after_end = tf.data.Dataset.from_tensors((nothing, False)).repeat()
+    # One is asked for past the last, so that a file that holds more is found out.
+    asked = elements.map(lambda element: (element, True)).concatenate(after_end).take(size - passed + 1)
+
+    def check(number: tf.Tensor, asked: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        element, is_there = asked
+        expected = number < size
+        as_counted = require(
+            tf.equal(is_there, expected),
+            path, " holds ", tf.where(is_there, "more", "fewer"), " than the ", size,
+            " that its name or an earlier count says; give it its true count, which --check_dataset tells, as the "
+            "last number of its name",
+        )  # fmt: skip
+        with tf.control_dependencies([as_counted]):
+            return tf.identity(element), expected
+
+    checked = asked.enumerate(passed).map(check)
+    return checked.filter(lambda element, expected: expected).map(lambda element, expected: element)
 
 
 def _permutation(size: int | tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:

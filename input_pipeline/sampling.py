@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import tensorflow.compat.v1 as tf
 
 from input_pipeline.errors import require
-from input_pipeline.order import draw_below, ordered_records, stream_key
+from input_pipeline.order import draw_below, ordered_elements, stream_key
 from input_pipeline.sources import Source
 from input_pipeline.tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
+from input_pipeline.window_counts import too_short
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,19 @@ class SamplingMode:
 
 
 def _prepare_chunks(source: Source) -> None:
-    if not source.drop_short:
-        _ = source.windows_per_record
-    _ = source.counts
+    _ = source.window_counts if source.drop_short else (source.windows_per_record, source.counts)
 
 
 def _train_chunks(source: Source, first: tf.Tensor) -> tf.data.Dataset:
     if source.drop_short:
-        # Which records fall out is known only once they are parsed, so all samples before the first are read as well.
-        return _chunk_windows(_training_records(source, tf.zeros_like(first)), source).skip(first)
+        return _ordered(source, source.window_counts, lambda path: _chunk_windows(_records(path), source), first)
     first_record, first_window = first // source.windows_per_record, first % source.windows_per_record
     return _chunk_windows(_training_records(source, first_record), source).skip(first_window)
 
 
 def _evaluate_chunks(source: Source) -> tf.data.Dataset:
     count = tf.constant(source.n_ctx, tf.int64)
-    return _chunk_windows(_records_in_file_order(source), source).map(lambda window: (window, count))
+    return _chunk_windows(_records(list(source.files)), source).map(lambda window: (window, count))
 
 
 def _count_chunks(source: Source) -> int:
@@ -82,11 +80,8 @@ def _train_random_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
         size = tf.size(tokens, out_type=tf.int64)
         enough = require(
             size > source.n_ctx,
-            f"{source.title}: {source.stitch} documents in a row of {source.key}, the shortest of ",
-            tf.reduce_min(documents.row_lengths()), " tokens, hold ", size,
-            f" in all, and a window needs n_ctx + 1 = {source.n_ctx + 1}; set stitch (now {source.stitch}) so that "
-            "stitch * (tokens of the shortest document + 1) >= n_ctx + 1",
-        )  # fmt: skip
+            *too_short(source, source.key, documents.nrows(), tf.reduce_min(documents.row_lengths()), size),
+        )
         with tf.control_dependencies([enough]):
             begin = draw_below(size - source.n_ctx, key, sample)
         return tf.ensure_shape(tokens[begin : begin + source.n_ctx + 1], [source.n_ctx + 1])
@@ -96,9 +91,37 @@ def _train_random_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
     return groups.map(window, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
+def _prepare_fixed_windows(source: Source) -> None:
+    _ = source.window_counts
+
+
+def _train_fixed_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
+    return _ordered(source, source.window_counts, lambda path: _group_windows(path, source), first)
+
+
+def _group_windows(path: tf.Tensor, source: Source) -> tf.data.Dataset:
+    """The windows of a file's groups of `stitch` documents, as `group_windows` counts them."""
+
+    def text(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return _joined(_parse(serialized, source), source.eos_id), tf.equal(tf.size(serialized), source.stitch)
+
+    texts = _records(path).batch(source.stitch).map(text, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    nothing = tf.zeros([0], tf.int64)
+
+    def cut(waiting: tf.Tensor, piece: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """The group before is cut once it is known that no documents are left over for it."""
+        text, is_group = piece
+        if_group = (text, _windows_to_the_end(waiting, source.n_ctx))
+        if_left_over = (tf.concat([waiting, text], axis=0), tf.zeros([0, source.n_ctx + 1], tf.int64))
+        return tf.cond(is_group, lambda: if_group, lambda: if_left_over)
+
+    ended = texts.concatenate(tf.data.Dataset.from_tensors((nothing, True)))
+    return ended.scan(nothing, cut).unbatch()
+
+
 def _evaluate_documents(source: Source) -> tf.data.Dataset:
     """The documents joined into one text, cut into windows that overlap by a token; the last is filled with padding."""
-    groups = _records_in_file_order(source).batch(_DOCUMENTS_AT_ONCE)
+    groups = _records(list(source.files)).batch(_DOCUMENTS_AT_ONCE)
     texts = groups.map(
         lambda serialized: (_joined(_parse(serialized, source), source.eos_id), False),
         num_parallel_calls=tf.data.AUTOTUNE,
@@ -132,26 +155,31 @@ _DOCUMENTS_AT_ONCE = 64
 
 SAMPLING: dict[str, SamplingMode] = {
     "chunks": SamplingMode(_prepare_chunks, _train_chunks, _evaluate_chunks, _count_chunks),
+    "documents_fixed": SamplingMode(
+        _prepare_fixed_windows, _train_fixed_windows, _evaluate_documents, _count_documents
+    ),
     "documents_random": SamplingMode(_prepare_documents, _train_random_windows, _evaluate_documents, _count_documents),
 }
 
 
 def _training_records(source: Source, first_record: tf.Tensor) -> tf.data.Dataset:
-    seed = stream_key(source.seed, source.index)
-    return ordered_records(source.files, source.counts, seed, source.shuffle, first_record)
+    return _ordered(source, source.counts, _records, first_record)
 
 
-def _records_in_file_order(source: Source) -> tf.data.Dataset:
-    return tf.data.TFRecordDataset(list(source.files), buffer_size=READ_BUFFER_BYTES)
+def _ordered(
+    source: Source, counts: list[int], read: Callable[[tf.Tensor], tf.data.Dataset], first: tf.Tensor
+) -> tf.data.Dataset:
+    return ordered_elements(source.files, counts, read, stream_key(source.seed, source.index), source.shuffle, first)
+
+
+def _records(paths: tf.Tensor | list[str]) -> tf.data.Dataset:
+    """The serialized records of one file or of several, one after another."""
+    return tf.data.TFRecordDataset(paths, buffer_size=READ_BUFFER_BYTES)
 
 
 def _parse(serialized: tf.Tensor, source: Source) -> tf.RaggedTensor:
     """string [records] -> int64 [records, (tokens)], every id checked."""
     text = parse_text(serialized)
-    is_there = require(
-        tf.reduce_all(tf.strings.length(serialized) > 0),
-        f"{source.title}: a file of {source.key} holds fewer records than its name says; --check_dataset names it",
-    )
     has_text = require(
         tf.reduce_all(text.row_lengths() > 0),
         f"{source.title}: a record of {source.key} has no int64 feature `{FEATURE}`, or an empty one; {EXPECTED}",
@@ -164,7 +192,7 @@ def _parse(serialized: tf.Tensor, source: Source) -> tf.RaggedTensor:
         f"{source.title}: token id ", worst, f" in a record of {source.key} is outside the vocabulary (n_vocab "
         f"{source.n_vocab}, padding_id {source.padding_id}); raise n_vocab or use the tokenizer's own files",
     )  # fmt: skip
-    with tf.control_dependencies([is_there, has_text, in_vocabulary]):
+    with tf.control_dependencies([has_text, in_vocabulary]):
         return text.with_flat_values(tf.identity(ids))
 
 
@@ -179,4 +207,11 @@ def _joined(documents: tf.RaggedTensor, eos_id: int) -> tf.Tensor:
 def _windows(tokens: tf.Tensor, number: int | tf.Tensor, n_ctx: int) -> tf.Tensor:
     """int64 [tokens] -> int64 [number, n_ctx + 1]: each begins with the last token of the one before."""
     starts = tf.range(tf.cast(number, tf.int64)) * n_ctx
+    return tf.gather(tokens, starts[:, None] + tf.range(n_ctx + 1, dtype=tf.int64))
+
+
+def _windows_to_the_end(tokens: tf.Tensor, n_ctx: int) -> tf.Tensor:
+    """int64 [tokens] -> int64 [windows, n_ctx + 1] that hold every token: the last one ends where the text ends."""
+    last = tf.size(tokens, out_type=tf.int64) - 1 - n_ctx
+    starts = tf.minimum(tf.range(tf.maximum(last + n_ctx, 0), delta=n_ctx), last)
     return tf.gather(tokens, starts[:, None] + tf.range(n_ctx + 1, dtype=tf.int64))

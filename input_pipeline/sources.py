@@ -10,6 +10,7 @@ from config import DatasetSource, ModelConfig
 from data.encoders import SpecialIds
 from errors import UserError
 from input_pipeline.tfrecords import TokenReader, count_records, find_files, first_tokens
+from input_pipeline.window_counts import count_windows, group_windows, whole_windows
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Source:
     seed: int
     shuffle: bool
     drop_short: bool  # remove_partial_sequences
+    model_path: str  # where counts are remembered
 
     @property
     def title(self) -> str:
@@ -74,6 +76,24 @@ class Source:
                 f"{self.n_ctx + 1}; set n_ctx to at most {len(tokens) - 1}, or sample it with documents_random"
             )
         return (len(tokens) - 1) // self.n_ctx
+
+    @cached_property
+    def window_counts(self) -> list[int]:
+        """Windows in each file where only its records' lengths tell: chunks of any length, groups of documents.
+
+        UserError where there is no window at all, or a group of documents does not fill one.
+        """
+        counts = count_windows(self, whole_windows if self.sampling_mode == "chunks" else group_windows)
+        if not sum(counts):
+            raise self.no_window() if self.sampling_mode == "chunks" else self._no_record()
+        return counts
+
+    def no_window(self) -> UserError:
+        """The sentence for records that are all too short."""
+        return UserError(
+            f"{self.key} of {self.title}: no record holds n_ctx + 1 = {self.n_ctx + 1} tokens, so "
+            "remove_partial_sequences removes all of them; lower n_ctx or sample it with documents_random"
+        )
 
 
 def resolve_sources(config: ModelConfig, special_ids: SpecialIds, evaluate: bool) -> list[Source]:
@@ -118,6 +138,7 @@ def _resolve(config: ModelConfig, special_ids: SpecialIds, evaluate: bool, index
         seed=config.seed,
         shuffle=config.shuffle_input_filenames,
         drop_short=config.remove_partial_sequences,
+        model_path=config.model_path,
     )
 
 
@@ -149,10 +170,7 @@ def _require_a_whole_record(source: Source) -> None:
     with TokenReader() as reader:
         if any((records.lengths > source.n_ctx).any() for path in source.files for records in reader.read(path)):
             return
-    raise UserError(
-        f"{source.key} of {source.title}: no record holds n_ctx + 1 = {source.n_ctx + 1} tokens, so "
-        "remove_partial_sequences removes all of them; lower n_ctx or sample it with documents_random"
-    )
+    raise source.no_window()
 
 
 _Item = TypeVar("_Item")

@@ -114,11 +114,6 @@ ASKING_FOR_UNBUILT = [
     ("entmax_loss", True, "it must be false"),
     ("opt_name", "adafactor", 'it must be "adam"'),
     ("precision", "bfloat16", 'it must be "float32"'),
-    (
-        "datasets",
-        [["train", "", 1, "documents_fixed", 1]],
-        'sampling modes must be "chunks" or "documents_random"',
-    ),
     ("eval_tasks", ["lambada"], "it must be an empty list"),
     ("log_grads", True, "it must be false"),
     (

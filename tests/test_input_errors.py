@@ -59,10 +59,12 @@ def test_foreign_and_damaged_records_are_explained(tmp_path: Path) -> None:
     assert explain_input_error(ValueError("<input error>no</input error>")) is None
 
 
-def test_a_name_that_promises_too_many_records_is_an_error(tmp_path: Path) -> None:
-    write_records(tmp_path / "x_0_3000.tfrecords", [[500] * 70] * 2500)
+@pytest.mark.parametrize(("named", "what"), [(3000, "fewer"), (1300, "more")])
+def test_a_name_that_tells_a_false_count_is_an_error(tmp_path: Path, named: int, what: str) -> None:
+    path = write_records(tmp_path / f"x_0_{named}.tfrecords", [[500] * 70] * 2500)
     config = config_of([entry(tmp_path / "x_*")], n_ctx=69)
-    assert "holds fewer records than its name says" in explained(train_input_fn(config, SPECIAL), number=1000)
+    sentence = explained(train_input_fn(config, SPECIAL), number=1000)
+    assert f"{path} holds {what} than the {named} that its name or an earlier count says" in sentence
 
 
 def test_quotes_in_a_dataset_id_come_back_whole(tmp_path: Path) -> None:

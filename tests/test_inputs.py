@@ -1,5 +1,6 @@
 """Batches out of record files: their content, their order, what a resumed run sees, what evaluation scores."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ MODES: dict[str, dict[str, Any]] = {
     "in file order": {"shuffle_input_filenames": False},
     "partial removed": {"remove_partial_sequences": True},
     "documents": {"mode": "documents_random", "stitch": 3},
+    "fixed": {"mode": "documents_fixed", "stitch": 3},
     "mixture": {"mixture": True},
 }
 
@@ -75,7 +77,7 @@ def mode_config(chunks: Path, mode: str = "chunks", stitch: int = 1, mixture: bo
     datasets = [entry(chunks, mode, stitch, 0.7)]
     if mixture:
         datasets.append(entry(chunks, "documents_random", 2, 0.3))
-    return config_of(datasets, **changes)
+    return config_of(datasets, model_path=str(chunks.parent / "model"), **changes)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -164,11 +166,13 @@ def test_longer_chunks_give_consecutive_windows(tmp_path: Path) -> None:
 def test_partial_sequences_are_removed_or_refused(tmp_path: Path) -> None:
     records = [*numbered_chunks(0, 2), [5, 6, 7, 8], *numbered_chunks(2, 2), list(range(40, 49))]
     write_records(tmp_path / "p_0.tfrecords", records)
-    kept = config_of([entry(tmp_path / "p_*")], remove_partial_sequences=True, shuffle_input_filenames=False)
+    how = {"shuffle_input_filenames": False, "model_path": str(tmp_path / "model")}
+    kept = config_of([entry(tmp_path / "p_*")], remove_partial_sequences=True, **how)
     assert column(batches(train_input_fn(kept, SPECIAL), 3)) == [0, 10, 20, 30, 40, 44, 0, 10, 20, 30, 40, 44]
     assert column(batches(eval_input_fn(kept, SPECIAL, 1, None), 1)) == [0, 10, 20, 30]
     assert count_eval_examples(kept, SPECIAL) == 6
-    refused = config_of([entry(tmp_path / "p_*")], shuffle_input_filenames=False)
+    assert json.loads((tmp_path / "model" / "window_counts.json").read_text())
+    refused = config_of([entry(tmp_path / "p_*")], **how)
     assert "a record of path holds 4 tokens, and sampling mode chunks needs 5" in explained(
         train_input_fn(refused, SPECIAL)
     )
@@ -186,6 +190,43 @@ def test_random_windows_are_cut_from_documents_joined_by_one_eos(tmp_path: Path)
     assert all(window == JOINED[place : place + 5] for window, place in zip(windows, places, strict=True) if place >= 0)
     possible = {tuple(JOINED[place : place + 5]) for place in range(8)}
     assert {tuple(window) for window in windows} == possible  # 100 draws reach all 8 places
+
+
+def windows_to_the_end(text: list[int]) -> list[list[int]]:
+    """Windows of 5 that share a token with the one before; the last ends where the text does."""
+    return [text[min(start, len(text) - 5) :][:5] for start in range(0, len(text) - 1, 4)]
+
+
+def test_fixed_windows_use_every_token_of_groups_of_documents(tmp_path: Path) -> None:
+    documents = [[100 * number + place for place in range(1, 4 + 5 * number % 11)] for number in range(1, 9)]
+    documents[2].append(0)
+    write_records(tmp_path / "d_0.tfrecords", documents[:7])
+    write_records(tmp_path / "d_1.tfrecords", documents[7:])
+    joined = [document if document[-1] == 0 else [*document, 0] for document in documents]
+    groups = [sum(joined[first:last], []) for first, last in ((0, 3), (3, 7), (7, 8))]  # the 7th is left over
+    expected = [window for group in groups for window in windows_to_the_end(group)]
+    entries = [entry(tmp_path / "d_*", "documents_fixed", 3)]
+    config = config_of(entries, shuffle_input_filenames=False, model_path=str(tmp_path / "model"))
+    found = batches(train_input_fn(config, SPECIAL), len(expected), batch_size=1)
+    assert [[*batch["inputs"][0], batch["labels"][0, -1]] for batch in found] == expected
+    assert {token for window in expected for token in window} == {token for text in joined for token in text}
+
+    (tmp_path / "d_0.tfrecords").write_bytes(b"")  # counted anew, and not the other
+    write_records(tmp_path / "d_0.tfrecords", documents[:3])
+    counts = json.loads((tmp_path / "model" / "window_counts.json").read_text())
+    batches(train_input_fn(config, SPECIAL), 1)
+    recounted = json.loads((tmp_path / "model" / "window_counts.json").read_text())
+    assert counts.items() <= recounted.items() and len(recounted) == len(counts) + 1 == 3
+    train_input_fn(config_of([entry(tmp_path / "d_1*", "documents_fixed", 1)], model_path=config.model_path), SPECIAL)
+
+
+def test_short_groups_are_named_before_training(tmp_path: Path) -> None:
+    write_records(tmp_path / "d_0.tfrecords", [[1, 2, 3], [4, 5], [6], [7], [8, 9]])
+    config = config_of([entry(tmp_path / "d_*", "documents_fixed", 2)], model_path=str(tmp_path / "model"))
+    train_input_fn(config, SPECIAL)  # 7 and 7 tokens: 6, 7 and the left over 8, 9 are one group
+    config = config_of([entry(tmp_path / "d_*", "documents_fixed", 1)], model_path=str(tmp_path / "model"))
+    with pytest.raises(UserError, match="1 documents in a row of .*d_0.tfrecords, the shortest of 1 tokens, hold 2 in"):
+        train_input_fn(config, SPECIAL)
 
 
 def test_a_stitch_that_cannot_fill_a_window_is_named(tmp_path: Path) -> None:

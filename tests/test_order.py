@@ -9,7 +9,7 @@ import tensorflow.compat.v1 as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from input_pipeline.order import interleave_schedule, ordered_records
+from input_pipeline.order import interleave_schedule, ordered_elements
 from tests.record_files import numbered_chunks, plain_session, write_records
 
 
@@ -40,7 +40,9 @@ def record_numbers(
     found = []
     with tf.Graph().as_default(), plain_session() as session:
         first = tf.placeholder(tf.int64, [])
-        iterator = tf.data.make_initializable_iterator(ordered_records(files, counts, seed, shuffle, first))
+        iterator = tf.data.make_initializable_iterator(
+            ordered_elements(files, counts, tf.data.TFRecordDataset, seed, shuffle, first)
+        )
         element = iterator.get_next()
         for start in starts:
             session.run(iterator.initializer, {first: start})
@@ -52,7 +54,7 @@ def record_numbers(
 def test_every_epoch_is_another_permutation_and_any_position_can_be_sought(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("input_pipeline.order.BLOCK_RECORDS", 4)
+    monkeypatch.setattr("input_pipeline.order.BLOCK_ELEMENTS", 4)
     counts = [3, 0, 7, 1]
     numbers = np.cumsum([0, *counts])
     files = [
