@@ -15,6 +15,7 @@ import prediction
 from config import ModelConfig
 from data.encoders import Encoder, SpecialIds, special_ids
 from errors import UserError
+from input_pipeline.samples import write_samples
 from mesh.devices import LocalDevices, local_devices, tpu_resolver
 from mesh.layout import MeshLayout, check_devices, check_layout, parse
 from model_fns import Run, make_model_fn
@@ -30,10 +31,14 @@ logger = logging.getLogger(__name__)
 Resolver: TypeAlias = tf.distribute.cluster_resolver.TPUClusterResolver
 
 
-def check_dataset(config: ModelConfig) -> int:
-    """Print the audit of the config's datasets; 1 if they do not fit the model."""
+def check_dataset(args: argparse.Namespace, config: ModelConfig) -> int:
+    """Print the audit of the config's datasets, write the examples asked for; 1 if they do not fit the model."""
     report = inputs.check_dataset(config)
     print(report.text())
+    if args.sample and report.ok:
+        output = args.output or os.path.join(config.model_path, "dataset_examples.txt")
+        write_samples(config, args.sample, output)
+        logger.info("%d training examples written to %s", args.sample, output)
     return 0 if report.ok else 1
 
 

@@ -38,6 +38,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--auto_layout", action="store_true", help="print a memory-efficient layout")
     what.add_argument("--auto_layout_and_mesh_shape", action="store_true", help="print a layout and a mesh shape")
 
+    parser.add_argument(
+        "--sample", type=_positive, metavar="N", help="with --check_dataset: write N training examples as text"
+    )
+
     training = parser.add_argument_group("training")
     training.add_argument(
         "--steps_per_checkpoint", type=_positive, default=DEFAULT_STEPS_PER_CHECKPOINT, metavar="N", help="default 5000"
@@ -57,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest that hold P")
     sampling.add_argument("--max_new_tokens", type=_positive, metavar="N", help="default: up to n_ctx")
     sampling.add_argument("--sampling_seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
-    sampling.add_argument("--output", metavar="FILE", help="default: <model_path>/predictions_<sacred_id>_<step>.txt")
+    sampling.add_argument("--output", metavar="FILE", help="default: a file in model_path")
     sampling.add_argument("--json", action="store_true", help="write JSON lines instead of text")
     sampling.add_argument("--entmax_sampling", action="store_true", help="sample with entmax instead of softmax")
     return parser.parse_args(argv)
@@ -87,6 +91,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.tpu is not None and not args.tpu.strip():
         raise UserError("--tpu '' names no TPU; give its name or grpc:// address, or leave --tpu out for local devices")
+    if args.sample and not args.check_dataset:
+        raise UserError(f"--sample {args.sample} goes with --check_dataset; add it or leave --sample out")
     if not re.fullmatch(r"[\w.-]*", args.sacred_id):
         raise UserError(f"--sacred_id {args.sacred_id!r} names files; use letters, digits, '.', '-' and '_' only")
     for action in ("eval", "predict", "check_dataset"):
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
     import commands
 
     if args.check_dataset:
-        return commands.check_dataset(config)
+        return commands.check_dataset(args, config)
     from training.hooks import Stopped
 
     command: Any = commands.evaluate if args.eval else commands.predict if args.predict else commands.train

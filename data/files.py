@@ -132,16 +132,22 @@ def write_text(path: str, text: str) -> None:
 
     The folder is made if need be; UserError where that or the writing can't be done.
     """
-    make_folder(path.rpartition("/")[0] or ".")
     aside = f"{path}.partial"
     if is_remote(path):
-        with gfile().GFile(aside, "w") as remote:
-            remote.write(text)
-        rename(aside, path)
-    else:
+        import tensorflow as tf
+
         try:
-            with open(aside, "w", encoding="utf-8", newline="") as local:
-                local.write(text)
+            gfile().makedirs(path.rpartition("/")[0])
+            with gfile().GFile(aside, "w") as remote:
+                remote.write(text)
             rename(aside, path)
-        except OSError as error:
-            raise UserError(f"{path} can't be written ({error.strerror}); give a path that you may write") from error
+        except tf.errors.OpError as error:
+            raise UserError(f"{path} can't be written ({error.message}); give a path that you may write") from error
+        return
+    make_folder(os.path.dirname(path) or ".")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="") as local:
+            local.write(text)
+        rename(aside, path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}); give a path that you may write") from error

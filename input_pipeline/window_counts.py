@@ -14,6 +14,7 @@ import tensorflow.compat.v1 as tf
 from tqdm import tqdm
 
 from config import read_text
+from data.files import write_text
 from errors import UserError
 from input_pipeline.tfrecords import TokenReader
 
@@ -103,9 +104,6 @@ def _load(cache: str) -> dict[str, int]:
 
 def _save(cache: str, known: dict[str, int]) -> None:
     try:
-        tf.io.gfile.makedirs(os.path.dirname(cache))
-        with tf.io.gfile.GFile(cache + ".tmp", "w") as file:
-            file.write(json.dumps(known, indent=1) + "\n")
-        tf.io.gfile.rename(cache + ".tmp", cache, overwrite=True)
-    except tf.errors.OpError as error:
-        logger.warning("%s cannot be written (%s): the next start counts again", cache, error.message)
+        write_text(cache, json.dumps(known, indent=1) + "\n")
+    except UserError as error:
+        logger.warning("the next start counts again: %s", error)

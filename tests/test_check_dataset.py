@@ -9,7 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.encoders import load_encoder_from
 from input_pipeline.report import DatasetReport, SplitReport, check_dataset
+from input_pipeline.samples import write_samples
+from inputs import train_input_fn
 from tests.record_files import (
+    SPECIAL,
+    batches,
     config_of,
     damage,
     entry,
@@ -190,3 +194,17 @@ def test_a_glob_named_twice_is_read_once_and_the_callers_graph_stays_as_it_was(
             assert session.run(constant) == 7
     assert [split.tally.records for split in report.splits] == [300] * 4
     assert f"{size / 1000:.1f}k/{size / 1000:.1f}k" in capfd.readouterr().err
+
+
+def test_samples_are_the_first_training_examples(tmp_path: Path) -> None:
+    write_records(tmp_path / "a_0.tfrecords", numbered_chunks(10, 3))
+    write_records(tmp_path / "b_0.tfrecords", numbered_chunks(50, 3))
+    config = config_of([entry(tmp_path / "a_*"), entry(tmp_path / "b_*", weight=0.5)])
+    output = tmp_path / "folder" / "examples.txt"
+    write_samples(config, 5, str(output))
+    (batch,) = batches(train_input_fn(config, SPECIAL), 1, batch_size=5)
+    rule, blocks = "=" * 80, output.read_text().split("=" * 80 + "\nexample ")[1:]
+    for number, (block, tokens, name) in enumerate(zip(blocks, batch["inputs"], "aabaa", strict=True), 1):
+        title, text = block.split(f"\n{rule}\n")
+        assert title == f'{number}: dataset "{tmp_path}/{name}_*", chunks, 4 tokens'
+        assert text.strip() == " ".join(map(str, tokens))

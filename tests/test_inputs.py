@@ -141,6 +141,30 @@ def test_a_resumed_estimator_reads_what_an_uninterrupted_one_reads(
     assert seen == dict(enumerate(straight))
 
 
+class LoseWorker(tf.train.SessionRunHook):
+    """Fails once, after the step that reaches `step`, as a session does whose worker is gone."""
+
+    def __init__(self, step: int) -> None:
+        self.step: int | None = step
+
+    def before_run(self, run_context: Any) -> tf.train.SessionRunArgs:
+        return tf.train.SessionRunArgs(tf.train.get_global_step())
+
+    def after_run(self, run_context: Any, run_values: Any) -> None:
+        if self.step is not None and run_values.results >= self.step:
+            self.step = None
+            raise tf.errors.AbortedError(None, None, "the worker is gone")
+
+
+def test_a_session_recovered_inside_a_run_reads_on_from_its_checkpoint(chunks: Path, tmp_path: Path) -> None:
+    input_fn = train_input_fn(mode_config(chunks, **MODES["fixed"]), SPECIAL)
+    straight = [batch["inputs"].tobytes() for batch in batches(input_fn, 12)]
+    seen: dict[int, bytes] = {}
+    saver = tf.train.CheckpointSaverHook(str(tmp_path), save_steps=3)
+    trivial_estimator(tmp_path, seen, tpu=False).train(input_fn, max_steps=12, hooks=[saver, LoseWorker(8)])
+    assert seen == dict(enumerate(straight))  # steps 6 and 7, lost with the worker, are read again and are the same
+
+
 def test_weights_decide_how_often_a_dataset_is_drawn(tmp_path: Path) -> None:
     datasets = []
     for number, weight in enumerate((0.5, 0.3, 0.2)):

@@ -210,6 +210,7 @@ SAMPLING = {
     "tokenizer": Case(
         "--predict", "{dir}/tok.json is not a tokenizers JSON", before=text("tok.json", "{}"), trained=True
     ),
+    "sample": Case("--eval --sample 3", "--sample 3 goes with --check_dataset"),
     "temperature": Case("--predict --temperature -1", "--temperature -1.0 is not a number from 0"),
     "temperature that is no number": Case("--predict --temperature nan", "--temperature nan is not a number from 0"),
     "top_p": Case("--predict --top_p 2", "--top_p 2.0 is not a probability above 0 and up to 1"),

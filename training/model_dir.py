@@ -20,6 +20,8 @@ _WRITTEN = (
     *("checkpoint", "model.ckpt-*", "graph.pbtxt", "metrics.jsonl", "events.out.tfevents.*"),
     *("eval_*.jsonl", "predictions_*_[0-9]*.txt", "config.json.tmp", "metrics.jsonl.tmp"),
 )
+# Written there as well, but about the data, not about the model: --new leaves them.
+_ABOUT_DATA = ("window_counts.json", "dataset_examples.txt")
 
 
 def make_model_dir(config: ModelConfig) -> None:
@@ -87,7 +89,7 @@ def delete_model(model_path: str, yes: bool) -> None:
         return
     names = [name.rstrip("/") for name in tf.io.gfile.listdir(model_path)]
     written = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _WRITTEN)]
-    others = sorted({*names} - {*written, _CONFIG})
+    others = sorted({*names} - {*written, *_ABOUT_DATA, _CONFIG})
     if others and not any(name == "checkpoint" or name.startswith("model.ckpt-") for name in written):
         raise UserError(
             f"--new would delete what is in model_path {model_path!r}, but no model was trained there (it holds "
