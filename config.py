@@ -36,8 +36,6 @@ DATASET_CONFIG_DIR = CONFIG_DIR / "dataset_configs"
 # Second spelling -> the attribute's name.
 ALIASES = {"n_heads": "n_head", "activation_fn": "activation_function", "axial_pos_emb_": "axial_pos_emb"}
 
-_UNBUILT_ACTIVATIONS = ("rrelu", "prelu", "parcsinh", "psoftplus", "proottanh", "aria", "softmax", "logsoftmax")
-
 # (key, whether its value asks for what is not built, what would work): a feature that lands deletes its row.
 # Values are valid JSON values, not null; those of `datasets` are resolved to DatasetSource.
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -50,7 +48,6 @@ NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),
     ("eval_tasks", bool, "it must be an empty list"),
     ("log_grads", bool, "it must be false"),
-    ("activation_function", lambda name: name in _UNBUILT_ACTIVATIONS, f"not built: {listed(_UNBUILT_ACTIVATIONS)}"),
 )
 
 

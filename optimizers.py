@@ -11,7 +11,8 @@ from config import ModelConfig
 from mesh import mtf
 
 END_LR_FRACTION = 0.1  # GPT-3: decay to 10% of the peak
-_NOT_DECAYED = re.compile(r"norm|bias|ln_f")  # GPT-3: weight decay acts on matrices, not on norms and biases
+# GPT-3: weight decay acts on matrices, not on norms and biases; nor on what activations learn (arXiv:1502.01852)
+_NOT_DECAYED = re.compile(r"norm|bias|ln_f|/activation_")
 
 
 def learning_rate(config: ModelConfig, step: tf.Tensor) -> tf.Tensor:

@@ -198,18 +198,32 @@ def cache_update(cache: mtf.Tensor, value: mtf.Tensor, position: mtf.Tensor, nam
     ).outputs[0]
 
 
-def elementwise(fn: Callable[[tf.Tensor], tf.Tensor], x: mtf.Tensor, name: str) -> mtf.Tensor:
-    """`fn`, which works on each element alone, over `x`; same shape and dtype.
+def elementwise(
+    fn: Callable[..., tf.Tensor], x: mtf.Tensor, name: str, numbers: Sequence[mtf.Tensor] = ()
+) -> mtf.Tensor:
+    """`fn(element, *numbers)` of each element of `x` alone; same shape and dtype. `numbers` are scalars, [].
 
     The gradient runs `fn` again rather than keep what it made on the way. (Mesh-TensorFlow's own `cwise` cannot take
     the gradient of a value that is still to be summed over a mesh axis.)
     """
 
     def gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
-        def backward(x_slice: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-            return tf.gradients([fn(x_slice)], [x_slice], [dy])[0]
+        def back_to_x(dy: tf.Tensor, x_slice: tf.Tensor, *numbers_: tf.Tensor) -> tf.Tensor:
+            return tf.gradients([fn(x_slice, *numbers_)], [x_slice], [dy])[0]
 
-        inputs = [op.inputs[0], grad_ys[0]]
-        return SlicewiseOperation(backward, inputs, [(x.shape, x.dtype)], name=f"{name}_gradient").outputs
+        def back_to_numbers(dy: tf.Tensor, x_slice: tf.Tensor, *numbers_: tf.Tensor) -> Any:
+            # of this use of the numbers alone: x may stem from an earlier one, where layers share them
+            found = tf.gradients([fn(tf.stop_gradient(x_slice), *numbers_)], list(numbers_), [dy])
+            return tuple(found) if len(found) > 1 else found[0]
 
-    return SlicewiseOperation(fn, [x], [(x.shape, x.dtype)], gradient=gradient, name=name).outputs[0]
+        inputs = [grad_ys[0], *op.inputs]
+        dx = SlicewiseOperation(back_to_x, inputs, [(x.shape, x.dtype)], name=f"{name}_gradient").outputs
+        if not numbers:
+            return dx
+        outputs = [(number.shape, number.dtype) for number in numbers]
+        summed = SlicewiseOperation(
+            back_to_numbers, inputs, outputs, reduced_dims=x.shape.dims, name=f"{name}_back_to_numbers"
+        )
+        return [*dx, *summed.outputs]
+
+    return SlicewiseOperation(fn, [x, *numbers], [(x.shape, x.dtype)], gradient=gradient, name=name).outputs[0]

@@ -1,11 +1,20 @@
-"""Activation functions by the names that configs use; each works on every element alone."""
+"""Activation functions by the names that configs use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import tensorflow as tf
 
 from mesh import mtf
 from mesh.operations import elementwise
+from mesh.randomness import uniform
+from models.context import Context
+
+# What an activation function is to the layer that calls it: [..., width] -> the same shape.
+Activation = Callable[[Context, mtf.Tensor], mtf.Tensor]
+
+_RRELU_SLOPES = (1 / 8, 1 / 3)  # arXiv:1505.00853
+_LEAST = 0.1  # what learned numbers count as below it, where a power or a logarithm of them would not be finite
 
 
 def _gelu(x: tf.Tensor) -> tf.Tensor:
@@ -28,7 +37,7 @@ def _elish(x: tf.Tensor) -> tf.Tensor:
     return tf.where(x > 0, x, tf.exp(tf.minimum(x, 0)) - 1) * tf.sigmoid(x)
 
 
-ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+_FIXED: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "gelu": _gelu,
     "relu": tf.nn.relu,
     "sigmoid": tf.sigmoid,
@@ -59,7 +68,7 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "minsin": lambda x: tf.minimum(x, tf.sin(x)),
     "maxtanh": lambda x: tf.maximum(x, tf.tanh(x)),
     "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
-    "tanhexp": lambda x: x * tf.tanh(tf.exp(x)),
+    "tanhexp": lambda x: x * tf.tanh(tf.exp(tf.minimum(x, 20))),  # tanh is 1 long before exp overflows
     "lisht": lambda x: x * tf.tanh(x),
     "seagull": lambda x: tf.math.log1p(tf.square(x)),
     "snake": lambda x: x + tf.square(tf.sin(x)),
@@ -68,6 +77,94 @@ ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 }
 
 
-def activation(name: str, x: mtf.Tensor) -> mtf.Tensor:
-    """`x` through the element-wise function called `name`; same shape."""
-    return elementwise(ACTIVATIONS[name], x, name)
+def _fixed(fn: Callable[[tf.Tensor], tf.Tensor], name: str, ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
+    return elementwise(fn, x, name)
+
+
+def _prelu(x: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
+    """arXiv:1502.01852"""
+    return tf.where(x > 0, x, slope * x)
+
+
+def _proottanh(x: tf.Tensor, p: tf.Tensor, q: tf.Tensor, a: tf.Tensor) -> tf.Tensor:
+    """(|x|^p + a)^(1/q) tanh x; of the distance from 0, so that the power exists on both sides of it."""
+    power = tf.pow(tf.maximum(tf.abs(x), 1e-6), p)  # away from 0, where the slope of a small power is infinite
+    return tf.pow(tf.maximum(power + a, 1e-6), 1 / tf.maximum(q, 1)) * tf.tanh(x)
+
+
+def _aria(
+    x: tf.Tensor, a: tf.Tensor, k: tf.Tensor, b: tf.Tensor, nu: tf.Tensor, c: tf.Tensor, q: tf.Tensor
+) -> tf.Tensor:
+    """Richard's curve times x: x (a + (k - a) / (c + q exp(-b x))^(1/nu)) (arXiv:1805.08878).
+
+    The power is taken by logarithms, in which exp(-b x) does not overflow.
+    """
+    log_c, log_q = tf.math.log(tf.maximum(c, _LEAST)), tf.math.log(tf.maximum(q, _LEAST))
+    log_sum = log_c + tf.nn.softplus(log_q - b * x - log_c)
+    return x * (a + (k - a) * tf.exp(-log_sum / tf.maximum(nu, _LEAST)))
+
+
+# name -> (function of x and learned numbers, what these are called and start at)
+_LEARNED: dict[str, tuple[Callable[..., tf.Tensor], Mapping[str, float]]] = {
+    "prelu": (_prelu, {"slope": 0.2}),
+    "parcsinh": (lambda x, a, b: b * tf.asinh(a * x), {"a": 1.0, "b": 1.0}),
+    "psoftplus": (lambda x, a, b, c: b * tf.nn.softplus(a * x) + c, {"a": 1.0, "b": 1.0, "c": 0.0}),
+    "proottanh": (_proottanh, {"p": 2.0, "q": 3.0, "a": 1.0}),  # at first roottanh
+    "aria": (_aria, {"a": 0.0, "k": 1.0, "b": 1.0, "nu": 1.0, "c": 1.0, "q": 1.0}),  # at first silu
+}
+
+
+def _learned(
+    fn: Callable[..., tf.Tensor], starts: Mapping[str, float], name: str, ctx: Context, x: mtf.Tensor
+) -> mtf.Tensor:
+    """`fn` of every element and of the variables activation_<name>/<number> [], which belong to the layer."""
+    with tf.compat.v1.variable_scope(f"activation_{name}"):
+        numbers = [ctx.constant(number, [], start) for number, start in starts.items()]
+    return elementwise(fn, x, name, numbers)
+
+
+def _rrelu(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
+    """Leaky ReLU whose slope is drawn anew in every training step; its mean outside training (arXiv:1505.00853)."""
+    least, greatest = _RRELU_SLOPES
+    if ctx.dropout_key is None:
+        return elementwise(lambda x: tf.nn.leaky_relu(x, (least + greatest) / 2), x, "rrelu")
+    drawn = uniform(ctx.dropout_key, mtf.Shape([]), f"{ctx.layer}{tf.compat.v1.get_variable_scope().name}/rrelu")
+    slope = mtf.cast(least + (greatest - least) * drawn, x.dtype)
+    return elementwise(_prelu, x, "rrelu", [mtf.stop_gradient(slope)])
+
+
+def _shifted(x: mtf.Tensor) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor]:
+    """x less its maximum over the last dimension, the exponentials of that, and their sum over it."""
+    last = x.shape.dims[-1]
+    shifted = x - mtf.reduce_max(mtf.stop_gradient(x), reduced_dim=last)
+    exponentials = elementwise(tf.exp, shifted, "exp")
+    return shifted, exponentials, mtf.reduce_sum(exponentials, reduced_dim=last)
+
+
+def _softmax(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
+    """exp(x) / sum of exp(x) over the last dimension, which may be split over the mesh."""
+    _, exponentials, total = _shifted(x)
+    return exponentials * elementwise(tf.math.reciprocal, total, "reciprocal")
+
+
+def _log_softmax(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
+    """The logarithm of `_softmax`."""
+    shifted, _, total = _shifted(x)
+    return shifted - elementwise(tf.math.log, total, "log")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    **{name: partial(_fixed, fn, name) for name, fn in _FIXED.items()},
+    **{name: partial(_learned, fn, starts, name) for name, (fn, starts) in _LEARNED.items()},
+    "rrelu": _rrelu,
+    "softmax": _softmax,
+    "logsoftmax": _log_softmax,
+}
+
+
+def activation(ctx: Context, name: str, x: mtf.Tensor) -> mtf.Tensor:
+    """`x` [..., width] through the function called `name`, same shape.
+
+    The numbers that it learns, if any, are variables activation_<name>/<number> in the current scope.
+    """
+    return ACTIVATIONS[name](ctx, x)

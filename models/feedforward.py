@@ -44,7 +44,7 @@ def mlp(ctx: Context, x: mtf.Tensor, name: str) -> mtf.Tensor:
 
 def _plain(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
     """[..., embd] -> [..., intermediate_expanded]"""
-    return activation(ctx.config.activation_function, dense(ctx, x, ctx.dims.intermediate_expanded, "c_fc"))
+    return activation(ctx, ctx.config.activation_function, dense(ctx, x, ctx.dims.intermediate_expanded, "c_fc"))
 
 
 def _gated(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
@@ -59,7 +59,7 @@ def _gated(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
         bias = ctx.constant("bias", [both], 0.0)
     kernels, biases = _halves(kernel, hidden), _halves(bias, hidden)
     value, gate = (linear(x, kernel) + bias for kernel, bias in zip(kernels, biases, strict=True))
-    return value * activation(ctx.config.activation_function, gate)
+    return value * activation(ctx, ctx.config.activation_function, gate)
 
 
 def _halves(x: mtf.Tensor, half: mtf.Dimension) -> list[mtf.Tensor]:

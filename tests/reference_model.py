@@ -1,10 +1,9 @@
 """The model in plain float64 numpy, written from the papers: no code shared with models/, one position at a time."""
 
-import math
-
 import numpy as np
 
 from config import ModelConfig
+from tests.reference_activations import NUMBERS, REFERENCE
 
 Weights = dict[str, np.ndarray]
 
@@ -70,11 +69,16 @@ class ReferenceModel:
             where = f"{scope}/conv1d_main/{name}"
             return x @ self._get(f"{where}/kernel") + self._get(f"{where}/bias")
 
+        def activate(x: np.ndarray) -> np.ndarray:
+            name = self.config.activation_function
+            where = f"{scope}/conv1d_main/activation_{name}"
+            return REFERENCE[name](x, *[self._get(f"{where}/{number}") for number in NUMBERS.get(name, [])])
+
         hidden = dense(x, "c_fc")
         if self.config.mlp_glu:
             value, gate = np.split(hidden, 2, axis=-1)
-            return dense(value * _gelu(gate), "c_proj")
-        return dense(_gelu(hidden), "c_proj")
+            return dense(value * activate(gate), "c_proj")
+        return dense(activate(hidden), "c_proj")
 
     def _attention(self, x: np.ndarray, kind: str, scope: str) -> np.ndarray:
         heads, size = self.config.n_head, self.config.head_size
@@ -94,10 +98,6 @@ class ReferenceModel:
                 out[i, head] = mix(q[i, head], keys, values)
         mixed = out.reshape(len(x), heads * size)
         return mixed @ self._get(f"{scope}/o") + self._get(f"{scope}/compute_output_bias/o_b")
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -63,6 +63,7 @@ NOT_DECAYED = [
     "gpt2/h0/attn/compute_output_bias/o_b",
     "gpt2/h0/mlp/conv1d_main/c_fc/bias",
     "gpt2/h0/mlp/conv1d_main/c_proj/bias",
+    "gpt2/h0/mlp/conv1d_main/activation_prelu/slope",
     "gpt2/wte_final_linear/conv1d_main/linear_out/bias",
 ]
 

@@ -269,13 +269,7 @@ def test_defaults() -> None:
 def test_every_activation_function_is_described() -> None:
     text = (ROOT / "docs/models.md").read_text().split("## Activation functions")[1].split("\n## ")[0]
     described = set(re.findall(r"`(\w+)`", text)) - {"activation_function"}
-    for name in described:
-        load_model_config("quickstart", {"activation_function": name})
-    refused = set(ACTIVATION_NAMES) - described
-    for name in refused:
-        with pytest.raises(UserError, match="not available yet"):
-            load_model_config("quickstart", {"activation_function": name})
-        assert f"`{name}`" in section("Not built yet")
+    assert described == set(ACTIVATION_NAMES)
 
 
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
