@@ -101,8 +101,7 @@ class Recorder(tf.train.SessionRunHook):
 
     def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
         inputs, step = run_values.results
-        assert int(step) not in self.seen
-        self.seen[int(step)] = inputs.tobytes()
+        assert self.seen.setdefault(int(step), inputs.tobytes()) == inputs.tobytes()
 
 
 def trivial_estimator(model_dir: Path, seen: dict[int, bytes], tpu: bool) -> tf.estimator.Estimator:
