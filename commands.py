@@ -12,6 +12,7 @@ import tensorflow.compat.v1 as tf
 import evaluation
 import inputs
 import prediction
+import serving
 from config import ModelConfig
 from data.encoders import Encoder, SpecialIds, special_ids
 from errors import UserError
@@ -73,12 +74,15 @@ class Job:
         new_tokens = args.max_new_tokens or self.config.predict_max_steps
         return Sampling(args.temperature, args.top_k, args.top_p, new_tokens, args.sampling_seed)
 
+    @property
+    def run(self) -> Run:
+        """What the model functions are told of this job."""
+        every_steps, eos_id = self.args.steps_per_checkpoint, self.special.eos_id
+        return Run(self.config, self.layout, self.devices, every_steps, eos_id, self.sampling, self.stop)
+
     def estimator(self) -> tf.estimator.tpu.TPUEstimator:
         """The TPUEstimator, which on local devices is an ordinary Estimator."""
         config, args = self.config, self.args
-        run = Run(
-            config, self.layout, self.devices, args.steps_per_checkpoint, self.special.eos_id, self.sampling, self.stop
-        )
         tpu_config = tf.estimator.tpu.TPUConfig(
             num_shards=self.layout.size,
             iterations_per_loop=min(config.iterations, args.steps_per_checkpoint),
@@ -96,7 +100,7 @@ class Job:
             tpu_config=tpu_config,
         )
         return tf.estimator.tpu.TPUEstimator(
-            model_fn=make_model_fn(run),
+            model_fn=make_model_fn(self.run),
             use_tpu=self.resolver is not None,
             config=run_config,
             train_batch_size=config.train_batch_size,
@@ -209,6 +213,21 @@ def predict(args: argparse.Namespace, config: ModelConfig) -> int:
         step = _require_checkpoint(config)
         job.log_devices()
         _predict(job, step)
+    return 0
+
+
+def export(args: argparse.Namespace, config: ModelConfig) -> int:
+    """Write the last checkpoint as a SavedModel, built on the CPU whatever the devices, since it is for any."""
+    with StopOnSignal() as stop:
+        step = _require_checkpoint(config)
+        path = os.path.join(config.model_path, serving.FOLDER, str(step))
+        if tf.io.gfile.exists(path):
+            logger.info("%s is there already and stays as it is; remove it to export step %d again", path, step)
+            return 0
+        job = Job(args, config, special_ids(config), parse(None, None, 1), local_devices(["cpu:0"]), None, stop)
+        with explained(config, "predict_batch_size"):
+            serving.export(job.run, job.special.padding_id, path)
+    logger.info("exported step %d to %s", step, path)
     return 0
 
 

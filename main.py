@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--eval", action="store_true", help="evaluate the last checkpoint")
     what.add_argument("--predict", action="store_true", help="continue the prompts of --prompt")
     what.add_argument("--check_dataset", action="store_true", help="audit the datasets; exit code 1 if they do not fit")
-    what.add_argument("--export", action="store_true", help="write a SavedModel")
+    what.add_argument("--export", action="store_true", help="write the last checkpoint as a SavedModel")
     what.add_argument("--auto_layout", action="store_true", help="print a memory-efficient layout")
     what.add_argument("--auto_layout_and_mesh_shape", action="store_true", help="print a layout and a mesh shape")
 
@@ -82,7 +82,7 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for values and combinations that argparse cannot judge."""
-    for flag in ("export", "auto_layout", "auto_layout_and_mesh_shape", "entmax_sampling"):
+    for flag in ("auto_layout", "auto_layout_and_mesh_shape", "entmax_sampling"):
         if getattr(args, flag):
             raise UserError(f"--{flag} is not built yet; run without it")
     if args.tpu and args.gpu_ids:
@@ -95,7 +95,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--sample {args.sample} goes with --check_dataset; add it or leave --sample out")
     if not re.fullmatch(r"[\w.-]*", args.sacred_id):
         raise UserError(f"--sacred_id {args.sacred_id!r} names files; use letters, digits, '.', '-' and '_' only")
-    for action in ("eval", "predict", "check_dataset"):
+    for action in ("eval", "predict", "export", "check_dataset"):
         if args.new and getattr(args, action):
             raise UserError(f"--new deletes the model that --{action} needs; run without one of them")
     if not 0 <= args.temperature < math.inf:
@@ -128,7 +128,8 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
         return commands.check_dataset(args, config)
     from training.hooks import Stopped
 
-    command: Any = commands.evaluate if args.eval else commands.predict if args.predict else commands.train
+    actions = {"eval": commands.evaluate, "predict": commands.predict, "export": commands.export}
+    command: Any = next((function for name, function in actions.items() if getattr(args, name)), commands.train)
     try:
         return command(args, config)
     except Stopped as stopped:

@@ -263,21 +263,8 @@ def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.est
     Predictions: `tokens` [batch, length] int32, `length` [batch] of prompt and continuation.
     """
     tf.train.get_or_create_global_step()
-    batch_size, length = features["inputs"].shape.as_list()
-    graph = _Graph(run, params, batch_size, length)
-    batch = graph.import_batch({"inputs": features["inputs"], "prompt_length": features["prompt_length"]})
-
-    whole = graph.context(keep_states_until=mtf.reduce_min(batch["prompt_length"]) - 1)
-    gpt.hidden_states(whole, batch["inputs"])
-    names = list(whole.states)
-
-    def step(token: mtf.Tensor, position: mtf.Tensor, states: list[mtf.Tensor]) -> tuple[mtf.Tensor, list[mtf.Tensor]]:
-        one = graph.context(position=position, states=dict(zip(names, states, strict=True)))
-        return gpt.logits(one, token), [one.states[name] for name in names]
-
-    key = make_key(graph.mesh, run.sampling.seed, features["prompt_number"][0])
-    states = [whole.states[name] for name in names]
-    tokens, lengths = decode(batch["inputs"], batch["prompt_length"], states, step, key, run.sampling, run.eos_id)
+    graph = _Graph(run, params, *features["inputs"].shape.as_list())
+    _, tokens, lengths = _continue(graph, features, gpt.hidden_states)
     # anonymous dimensions, which no layout splits, so that every row leaves whole
     outputs = {"tokens": mtf.anonymize(tokens), "length": mtf.anonymize(lengths)}
     lowering = graph.lower()
@@ -288,3 +275,34 @@ def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.est
         predictions=predictions,
         prediction_hooks=[mtf.MtfRestoreHook(lowering)],
     )
+
+
+def serving_outputs(run: Run, features: Features) -> dict[str, tf.Tensor]:
+    """What an exported model answers to the `features` of predict_spec, on a mesh of one local device.
+
+    `tokens` and `length` as predict_spec gives them, and `logits` [batch, length, vocab] float32 of the prompts.
+    """
+    graph = _Graph(run, {}, *features["inputs"].shape.as_list())
+    logits, tokens, lengths = _continue(graph, features, gpt.logits)
+    lowering = graph.lower()
+    outputs = {"logits": logits, "tokens": tokens, "length": lengths}
+    return {name: lowering.export_to_tf_tensor(value) for name, value in outputs.items()}
+
+
+def _continue(
+    graph: _Graph, features: Features, first_pass: Callable[[Context, mtf.Tensor], Any]
+) -> tuple[Any, mtf.Tensor, mtf.Tensor]:
+    """What `first_pass` makes of the whole prompts, and tokens [batch, sequence] and lengths [batch] of `decode`."""
+    run = graph.run
+    batch = graph.import_batch({"inputs": features["inputs"], "prompt_length": features["prompt_length"]})
+    whole = graph.context(keep_states_until=mtf.reduce_min(batch["prompt_length"]) - 1)
+    result = first_pass(whole, batch["inputs"])
+    names = list(whole.states)
+
+    def step(token: mtf.Tensor, position: mtf.Tensor, states: list[mtf.Tensor]) -> tuple[mtf.Tensor, list[mtf.Tensor]]:
+        one = graph.context(position=position, states=dict(zip(names, states, strict=True)))
+        return gpt.logits(one, token), [one.states[name] for name in names]
+
+    key = make_key(graph.mesh, run.sampling.seed, features["prompt_number"][0])
+    states = [whole.states[name] for name in names]
+    return result, *decode(batch["inputs"], batch["prompt_length"], states, step, key, run.sampling, run.eos_id)

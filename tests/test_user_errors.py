@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import tensorflow.compat.v1 as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import config
 import summarize
 from data import create_tfrecords, gather_python_sources, train_tokenizer
 from errors import UserError
 from tests.record_files import damage, example, write_records, write_serialized
-from tests.workspace import Workspace
+from tests.workspace import Workspace, save_tokenizer
 from training.failures import explained
 from training.model_dir import warn_of_changes
 
@@ -159,6 +158,11 @@ MODEL_PATH = {
     "somebody's config.json": Case("", "holds a config.json that no run wrote", before=text("model/config.json", "{}")),
     "--eval untrained": Case("--eval", "model_path '{dir}/model' holds no checkpoint"),
     "--predict untrained": Case("--predict", "model_path '{dir}/model' holds no checkpoint"),
+    "--export untrained": Case("--export", "model_path '{dir}/model' holds no checkpoint"),
+    "--new --export": Case("--new --export --yes", "--new deletes the model that --export needs", trained=True),
+    "export is a file": Case(
+        "--export", "'{dir}/model/export/2' cannot be written (", before=text("model/export", ""), trained=True
+    ),
     "--new, no model": Case("--new --yes", "no model was trained there (it", before=text("model/thesis", "")),
     "--new, nobody to ask": Case("--new", "--new would delete the model in '{dir}/model' and nobody is", trained=True),
     "--new, bad mesh": Case("--new --yes --mesh_shape x:3", "mesh_shape 'x:3' has 3 processors", trained=True),
@@ -222,7 +226,7 @@ SAMPLING = {
     ),
 }
 FLAGS = {
-    "flag that is not built": Case("--export", "--export is not built yet"),
+    "flag that is not built": Case("--auto_layout", "--auto_layout is not built yet"),
     "unknown flag": Case("--stepz 3", "unrecognized arguments: --stepz 3"),
     "--set": Case("--set lr", '--set lr: it must be key=value, for example "lr=0.0001"'),
     "--steps_per_checkpoint": Case("--steps_per_checkpoint 0", "'0' is not a whole number above 0"),
@@ -271,10 +275,7 @@ def make_workspace(
     folder: Path, changes: dict[str, Any], dataset: dict[str, Any], sampling: tuple[int, str]
 ) -> Workspace:
     """A workspace with a tokenizer of 40 words (n_vocab is 32), a file `f`, a folder of text and an empty one."""
-    vocabulary = {"<|endoftext|>": 0, "<pad>": 1} | {f"w{index}": index for index in range(2, 40)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tok.json"))
+    save_tokenizer(folder, words=40)
     (folder / "f").write_text("not a folder")
     (folder / "empty").mkdir()
     (folder / "text").mkdir()

@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 import tensorflow.compat.v1 as tf
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 
 import main
+from config import ModelConfig, load_model_config
+from models.size import variable_shapes
 from tests.record_files import write_records
 from tests.tiny import TINY
 
@@ -46,3 +50,25 @@ class Workspace:
         """Every variable of the newest checkpoint."""
         reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(self.model_path)))
         return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+    def config(self) -> ModelConfig:
+        return load_model_config(str(self.config_path))
+
+    def save_random_weights(self, step: int) -> None:
+        """A checkpoint of the config's variables, without training: large enough that every part of the model tells."""
+        random = np.random.default_rng(0)
+        with tf.Graph().as_default(), tf.Session() as session:
+            for name, shape in sorted(variable_shapes(self.config()).items()):
+                tf.Variable((0.4 * random.normal(size=shape)).astype(np.float32), name=name)
+            tf.Variable(np.int64(step), name="global_step")
+            session.run(tf.global_variables_initializer())
+            tf.train.Saver(save_relative_paths=True).save(session, str(self.model_path / "model.ckpt"), step)
+
+
+def save_tokenizer(folder: Path, words: int = 32) -> str:
+    """The path of a tokenizer of so many tokens in which the word `w<i>` is token i, from 2 on."""
+    vocabulary = {"<|endoftext|>": 0, "<pad>": 1} | {f"w{index}": index for index in range(2, words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tok.json"))
+    return str(folder / "tok.json")

@@ -4,6 +4,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 import sys
 
 import tensorflow.compat.v1 as tf
@@ -22,6 +23,8 @@ _WRITTEN = (
 )
 # Written there as well, but about the data, not about the model: --new leaves them.
 _ABOUT_DATA = ("window_counts.json", "dataset_examples.txt")
+# And in folders: curves of evaluations, which the Estimator keeps apart, and SavedModels.
+_WRITTEN_IN_FOLDERS = {"eval": r"events\.out\.tfevents\..*", "export": r"\d+(\.tmp)?"}
 
 
 def make_model_dir(config: ModelConfig) -> None:
@@ -108,10 +111,22 @@ def delete_model(model_path: str, yes: bool) -> None:
     try:
         for name in written:
             tf.io.gfile.remove(os.path.join(model_path, name))
-        evaluations = os.path.join(model_path, "eval")  # where the Estimator keeps the curves of evaluations
-        for path in tf.io.gfile.glob(os.path.join(evaluations, "events.out.tfevents.*")):
-            tf.io.gfile.remove(path)
+        for folder, written_there in _WRITTEN_IN_FOLDERS.items():
+            _delete_in(os.path.join(model_path, folder), written_there)
+        left = sorted({name.rstrip("/") for name in tf.io.gfile.listdir(model_path)} - {*_ABOUT_DATA, _CONFIG})
     except tf.errors.OpError as error:
         raise UserError(f"--new cannot delete {model_path!r} ({reason(error)}); delete it by hand") from error
-    if others:
-        logger.info("--new: %s in %s stays", ", ".join(others), model_path)
+    if left:
+        logger.info("--new: %s in %s stays", ", ".join(left), model_path)
+
+
+def _delete_in(folder: str, pattern: str) -> None:
+    """Delete what the regular expression `pattern` matches in `folder`, and the folder if that leaves it empty."""
+    if not tf.io.gfile.isdir(folder):
+        return
+    for name in tf.io.gfile.listdir(folder):
+        if re.fullmatch(pattern, name.rstrip("/")):
+            path = os.path.join(folder, name)
+            (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
+    if not tf.io.gfile.listdir(folder):
+        tf.io.gfile.rmtree(folder)
