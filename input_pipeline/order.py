@@ -64,9 +64,10 @@ def stream_key(seed: int, *names: object) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def draw_below(bound: tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:
-    """The index-th draw (int64 []) from 0 ... bound - 1, uniform, from no state but (key, index)."""
-    return tf.random.stateless_uniform([], [key, index], 0, bound, tf.int64, alg="philox")
+def draws_below(bounds: tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:
+    """int64 [n]: uniform draws from 0 ... bounds - 1, the index-th n of them, from no state but (key, index)."""
+    uniform = tf.random.stateless_uniform(tf.shape(bounds), [key, index], dtype=tf.float64, alg="philox")
+    return tf.cast(uniform * tf.cast(bounds, tf.float64), tf.int64)
 
 
 def ordered_elements(

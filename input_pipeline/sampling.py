@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import tensorflow.compat.v1 as tf
 
 from input_pipeline.errors import require
-from input_pipeline.order import draw_below, ordered_elements, stream_key
+from input_pipeline.order import draws_below, ordered_elements, stream_key
 from input_pipeline.sources import Source
 from input_pipeline.tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
 from input_pipeline.window_counts import too_short
@@ -72,23 +72,30 @@ def _prepare_documents(source: Source) -> None:
 
 
 def _train_random_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
+    """A window of each `stitch` documents in a row; many at once, since each operation takes longer than its work."""
     key = stream_key(source.seed, source.index, "window")
 
-    def window(sample: tf.Tensor, serialized: tf.Tensor) -> tf.Tensor:
+    def windows(block: tf.Tensor, serialized: tf.Tensor) -> tf.Tensor:
         documents = _parse(serialized, source)
-        tokens = _joined(documents, source.eos_id)
-        size = tf.size(tokens, out_type=tf.int64)
+        joined = _joined(documents, source.eos_id)
+        starts = joined.row_splits[:: source.stitch]
+        sizes = starts[1:] - starts[:-1]
+        worst = tf.argmin(sizes)
+        in_worst = documents.row_lengths()[worst * source.stitch : (worst + 1) * source.stitch]
         enough = require(
-            size > source.n_ctx,
-            *too_short(source, source.key, documents.nrows(), tf.reduce_min(documents.row_lengths()), size),
+            sizes[worst] > source.n_ctx,
+            *too_short(source, source.key, tf.size(in_worst), tf.reduce_min(in_worst), sizes[worst]),
         )
         with tf.control_dependencies([enough]):
-            begin = draw_below(size - source.n_ctx, key, sample)
-        return tf.ensure_shape(tokens[begin : begin + source.n_ctx + 1], [source.n_ctx + 1])
+            begins = starts[:-1] + draws_below(sizes - source.n_ctx, key, block)
+        return tf.gather(joined.flat_values, begins[:, None] + tf.range(source.n_ctx + 1, dtype=tf.int64))
 
-    records = _training_records(source, first * source.stitch)
-    groups = records.batch(source.stitch, drop_remainder=True).enumerate(first)
-    return groups.map(window, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    first_block = first // _WINDOWS_AT_ONCE
+    documents = _WINDOWS_AT_ONCE * source.stitch
+    records = _training_records(source, first_block * documents)
+    blocks = records.batch(documents, drop_remainder=True).enumerate(first_block)
+    drawn = blocks.map(windows, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return drawn.unbatch().skip(first % _WINDOWS_AT_ONCE)
 
 
 def _prepare_fixed_windows(source: Source) -> None:
@@ -103,7 +110,9 @@ def _group_windows(path: tf.Tensor, source: Source) -> tf.data.Dataset:
     """The windows of a file's groups of `stitch` documents, as `group_windows` counts them."""
 
     def text(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return _joined(_parse(serialized, source), source.eos_id), tf.equal(tf.size(serialized), source.stitch)
+        return _joined(_parse(serialized, source), source.eos_id).flat_values, tf.equal(
+            tf.size(serialized), source.stitch
+        )
 
     texts = _records(path).batch(source.stitch).map(text, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     nothing = tf.zeros([0], tf.int64)
@@ -123,7 +132,7 @@ def _evaluate_documents(source: Source) -> tf.data.Dataset:
     """The documents joined into one text, cut into windows that overlap by a token; the last is filled with padding."""
     groups = _records(list(source.files)).batch(_DOCUMENTS_AT_ONCE)
     texts = groups.map(
-        lambda serialized: (_joined(_parse(serialized, source), source.eos_id), False),
+        lambda serialized: (_joined(_parse(serialized, source), source.eos_id).flat_values, False),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -152,6 +161,7 @@ def _count_documents(source: Source) -> int:
 
 
 _DOCUMENTS_AT_ONCE = 64
+_WINDOWS_AT_ONCE = 16
 
 SAMPLING: dict[str, SamplingMode] = {
     "chunks": SamplingMode(_prepare_chunks, _train_chunks, _evaluate_chunks, _count_chunks),
@@ -196,12 +206,12 @@ def _parse(serialized: tf.Tensor, source: Source) -> tf.RaggedTensor:
         return text.with_flat_values(tf.identity(ids))
 
 
-def _joined(documents: tf.RaggedTensor, eos_id: int) -> tf.Tensor:
-    """int64 [documents, (tokens)] -> int64 [tokens]: one eos after each document, where it does not end in one."""
+def _joined(documents: tf.RaggedTensor, eos_id: int) -> tf.RaggedTensor:
+    """int64 [documents, (tokens)] -> the same with one eos after each document, where it does not end in one."""
     last = tf.gather(documents.flat_values, documents.row_splits[1:] - 1)
     missing = tf.cast(tf.not_equal(last, eos_id), tf.int64)
     ends = tf.RaggedTensor.from_row_lengths(tf.fill([tf.reduce_sum(missing)], tf.constant(eos_id, tf.int64)), missing)
-    return tf.concat([documents, ends], axis=1).flat_values
+    return tf.concat([documents, ends], axis=1)
 
 
 def _windows(tokens: tf.Tensor, number: int | tf.Tensor, n_ctx: int) -> tf.Tensor:
