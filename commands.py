@@ -72,7 +72,7 @@ class Job:
         """How prediction draws: the command line's word, then the config's."""
         args = self.args
         new_tokens = args.max_new_tokens or self.config.predict_max_steps
-        return Sampling(args.temperature, args.top_k, args.top_p, new_tokens, args.sampling_seed)
+        return Sampling(args.temperature, args.top_k, args.top_p, new_tokens, args.sampling_seed, args.entmax_sampling)
 
     @property
     def run(self) -> Run:

@@ -42,7 +42,6 @@ NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("moe_layers", bool, "it must be an empty list"),
     ("moe_params", bool, "leave it out"),
     ("moe_activation", lambda name: name != "relu", "leave it out"),
-    ("entmax_loss", bool, "it must be false"),
     ("mlm_training", bool, "it must be false"),
     ("opt_name", lambda name: name == "adafactor", 'it must be "adam"'),
     ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),

@@ -63,7 +63,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument("--sampling_seed", type=int, default=0, metavar="N", help="same seed, same text; default 0")
     sampling.add_argument("--output", metavar="FILE", help="default: a file in model_path")
     sampling.add_argument("--json", action="store_true", help="write JSON lines instead of text")
-    sampling.add_argument("--entmax_sampling", action="store_true", help="sample with entmax instead of softmax")
+    sampling.add_argument(
+        "--entmax_sampling", action="store_true", help="draw with entmax's probabilities instead of softmax's"
+    )
     return parser.parse_args(argv)
 
 
@@ -82,7 +84,7 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for values and combinations that argparse cannot judge."""
-    for flag in ("auto_layout", "auto_layout_and_mesh_shape", "entmax_sampling"):
+    for flag in ("auto_layout", "auto_layout_and_mesh_shape"):
         if getattr(args, flag):
             raise UserError(f"--{flag} is not built yet; run without it")
     if args.tpu and args.gpu_ids:

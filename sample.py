@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
+from mesh.entmax import entmax
 from mesh.operations import SlicewiseOperation, cache_update
 from mesh.randomness import fold_in, uniform
 
@@ -26,6 +27,7 @@ class Sampling:
       top_p: only the likeliest tokens that together hold this probability may be drawn (arXiv:1904.09751); 1 means all.
       max_new_tokens: tokens added to each prompt at most; None means up to the end of the context.
       seed: the same seed draws the same continuations.
+      entmax: draw from the probabilities of alpha-entmax, most of which are 0, instead of those of softmax.
     """
 
     temperature: float = 0.9
@@ -33,16 +35,23 @@ class Sampling:
     top_p: float = 1.0
     max_new_tokens: int | None = None
     seed: int = 0
+    entmax: bool = False
 
 
 def filter_logits(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
-    """[rows, vocab] logits after temperature, top-k and top-p; tokens that may not be drawn get a logit of -1e30."""
+    """[rows, vocab] logits after temperature, top-k, entmax and top-p, in this order.
+
+    Their softmax are the probabilities to draw with. Tokens that may not be drawn get a logit of -1e30.
+    """
     # the highest logit becomes 0 first, so that no temperature, however small, makes it infinite
     logits = (logits - tf.reduce_max(logits, axis=-1, keepdims=True)) / sampling.temperature
     never = tf.fill(tf.shape(logits), _NEVER)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = tf.math.top_k(logits, sampling.top_k).values[:, -1:]
         logits = tf.where_v2(logits >= least, logits, never)
+    if sampling.entmax:
+        probabilities = entmax(logits)
+        logits = tf.where_v2(probabilities > 0, tf.log(probabilities), never)
     if sampling.top_p < 1.0:
         descending = tf.sort(logits, axis=-1, direction="DESCENDING")
         likelier = tf.cumsum(tf.nn.softmax(descending), axis=-1, exclusive=True)

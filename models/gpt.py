@@ -49,8 +49,7 @@ def _untied_head(ctx: Context) -> Head:
 def logits(ctx: Context, tokens: mtf.Tensor) -> mtf.Tensor:
     """int32 tokens [batch, sequence] -> float32 [batch, sequence, vocab]; without `sequence` in a decoding step."""
     hidden, head = hidden_states(ctx, tokens)
-    product = mtf.einsum([hidden, head.table], mtf.Shape([*ctx.activation_dims, ctx.dims.vocab]))
-    return mtf.cast(product if head.bias is None else product + head.bias, tf.float32)
+    return head.logits(hidden)
 
 
 def losses(ctx: Context, tokens: mtf.Tensor, labels: mtf.Tensor) -> TokenLosses:

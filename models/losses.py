@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import tensorflow.compat.v1 as tf
+
 from mesh import mtf
 from mesh.cross_entropy import head_cross_entropy
+from mesh.entmax import entmax_loss, softmax_terms
 from models.context import Context
 
 
@@ -14,19 +17,32 @@ class Head:
     table: mtf.Tensor
     bias: mtf.Tensor | None = None
 
+    def logits(self, states: mtf.Tensor) -> mtf.Tensor:
+        """[..., embd] -> float32 [..., vocab]"""
+        vocab, embd = self.table.shape.dims
+        product = mtf.einsum([states, self.table], states.shape - embd + vocab)
+        return mtf.cast(product if self.bias is None else product + self.bias, tf.float32)
+
 
 @dataclass(frozen=True)
 class TokenLosses:
     """Losses of every position, [batch, sequence] float32, in nats."""
 
     cross_entropy: mtf.Tensor
-    objective: mtf.Tensor  # cross entropy + z_loss * log(z)^2
+    objective: mtf.Tensor  # cross entropy, or entmax loss, + z_loss * log(z)^2
 
 
 def token_losses(ctx: Context, hidden: mtf.Tensor, head: Head, labels: mtf.Tensor) -> TokenLosses:
     """Losses of `head` on `hidden` [batch, sequence, embd] against int32 `labels` [batch, sequence].
 
-    The z-loss keeps the softmax's normalizer near 1 (Mesh-TensorFlow; arXiv:2204.02311).
+    The z-loss keeps the softmax's normalizer near 1 (Mesh-TensorFlow; arXiv:2204.02311). It does so under entmax_loss
+    too, where all else would be the same if every logit were higher.
     """
-    cross_entropy, log_z = head_cross_entropy(hidden, head.table, labels, head.bias)
-    return TokenLosses(cross_entropy, cross_entropy + ctx.config.z_loss * mtf.square(log_z))
+    if ctx.config.entmax_loss:
+        logits = head.logits(hidden)
+        cross_entropy, log_z = softmax_terms(logits, labels)
+        loss = entmax_loss(logits, labels)
+    else:
+        cross_entropy, log_z = head_cross_entropy(hidden, head.table, labels, head.bias)
+        loss = cross_entropy
+    return TokenLosses(cross_entropy, loss + ctx.config.z_loss * mtf.square(log_z))

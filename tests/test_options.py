@@ -13,6 +13,7 @@ from mesh import mtf
 from models import gpt
 from models.context import Context
 from models.dims import make_dims
+from tests.reference_entmax import numpy_loss
 from tests.reference_model import ReferenceModel
 from tests.tiny import MtfSession, random_tokens, tiny_config
 
@@ -45,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softmax": layers("global") | {"activation_function": "softmax"},
     "logsoftmax + glu": layers("global") | {"activation_function": "logsoftmax", "mlp_glu": True},
     "psoftplus + shared": layers("global", "local") | {"activation_function": "psoftplus", "share_parameters": True},
+    "entmax": layers("global") | {"entmax_loss": True},
     "local + memory": layers("local") | {"num_mem_kv": 2, "local_attention_radius": 3},
     "local + rotary": layers("local") | {"rotary_emb": True, "local_attention_radius": 3},
     "linear + rotary": layers("linear") | {"rotary_emb": True},
@@ -52,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "glu + scalenorm + macaron": layers("global") | {"mlp_glu": True, "scalenorm": True, "macaron": True},
     "shared + linear": layers("linear", "global") | {"share_parameters": True},
     "untied + none": layers("none", "global") | {"no_weight_tie": True},
+    "untied + entmax": layers("global") | {"no_weight_tie": True, "entmax_loss": True},
 }
 
 
@@ -104,13 +107,15 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def objective(config: ModelConfig, weights: dict[str, np.ndarray], tokens: np.ndarray) -> float:
-    """Mean of cross entropy + z_loss log(z)^2 under the numpy model."""
+    """Mean of cross entropy, or entmax loss, + z_loss log(z)^2 under the numpy model."""
     model = ReferenceModel(config, weights)
     total = 0.0
     for row in tokens:
         logits = model.logits(row[:-1])
         log_z = np.log(np.exp(logits).sum(-1))
-        total += (log_z - logits[np.arange(LENGTH), row[1:]] + config.z_loss * log_z**2).sum()
+        cross_entropy = log_z - logits[np.arange(LENGTH), row[1:]]
+        loss = numpy_loss(logits, row[1:]) if config.entmax_loss else cross_entropy
+        total += (loss + config.z_loss * log_z**2).sum()
     return total / (ROWS * LENGTH)
 
 

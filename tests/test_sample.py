@@ -12,6 +12,7 @@ from models import gpt
 from models.context import Context
 from models.dims import make_dims
 from sample import Sampling, decode, draw, filter_logits
+from tests.reference_entmax import numpy_entmax
 from tests.tiny import MtfSession, random_tokens, tiny_config
 
 FLOAT = mtf.VariableDType(tf.float32)
@@ -137,6 +138,52 @@ def test_filter_logits_keeps_the_tokens_that_may_be_drawn(sampling: Sampling, ke
     assert [i for i in range(4) if got[i] > -1e20] == kept
     expected = np.log(probabilities[0, kept] / probabilities.max()) / sampling.temperature  # a constant is no matter
     np.testing.assert_allclose(got[kept], expected, rtol=1e-5, atol=1e-6)
+
+
+def entmax_of(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """What tokens are drawn with, from numpy's entmax: top-k before it, top-p by it."""
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = np.where(logits >= np.sort(logits)[-sampling.top_k], logits, -1e30)
+    probabilities = numpy_entmax(logits)
+    if sampling.top_p < 1:
+        likelier = np.array([probabilities[probabilities > p].sum() for p in probabilities])
+        probabilities = np.where(likelier < sampling.top_p, probabilities, 0)
+    return probabilities / probabilities.sum()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0, entmax=True),
+        Sampling(temperature=0.5, entmax=True),
+        Sampling(temperature=1.0, entmax=True, top_k=2),
+        Sampling(temperature=1.0, entmax=True, top_p=0.8),
+        Sampling(temperature=1e-30, entmax=True),
+    ],
+)
+def test_draws_follow_the_probabilities_of_entmax(sampling: Sampling) -> None:
+    rows, given = 20_000, np.array([0.0, 2.0, 1.5, -1.0, 2.5, -400.0], np.float32)
+    batch, vocab = mtf.Dimension("batch", rows), mtf.Dimension("vocab", given.size)
+
+    def build(mesh: mtf.Mesh) -> mtf.Tensor:
+        logits = mtf.broadcast(mtf.import_tf_tensor(mesh, given, mtf.Shape([vocab])), mtf.Shape([batch, vocab]))
+        return draw(logits, make_key(mesh, 1, 0), sampling)
+
+    expected = entmax_of(given, sampling)
+    shares = np.bincount(MtfSession().run(build), minlength=given.size) / rows
+    np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / rows))
+    assert not shares[expected == 0].any() and (expected == 0).sum() >= 2
+
+
+def test_entmax_sampling_draws_the_same_on_any_mesh() -> None:
+    sampling = Sampling(temperature=1.0, seed=1, entmax=True)
+    one, several = (run_decode(flat_step, sampling, *mesh) for mesh in ((), ("x:2,y:2", "batch:x,vocab:y")))
+    np.testing.assert_array_equal(one[0], several[0])
+    likeliest = Sampling(temperature=0, entmax=True)
+    np.testing.assert_array_equal(
+        run_decode(counting_step, likeliest)[0], run_decode(counting_step, Sampling(temperature=0))[0]
+    )
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -49,13 +49,15 @@ def lower(model_fn: Callable, mode: str, features: dict[str, np.ndarray], pick: 
 
 
 @pytest.mark.parametrize(
-    ("mesh_shape", "layout"),
-    [("x:4,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"), ("x:4,y:2", "batch:x,memory_length:y,embd:y")],
+    ("layout", "entmax"),
+    [("batch:x,heads:y,vocab:y,intermediate_expanded:y", True), ("batch:x,memory_length:y,embd:y", False)],
 )
-def test_every_action_lowers_for_a_tpu(tmp_path: Path, mesh_shape: str, layout: str) -> None:
+def test_every_action_lowers_for_a_tpu(tmp_path: Path, layout: str, entmax: bool) -> None:
     dropout = {"embed_dropout": 0.1, "res_dropout": 0.1, "attn_dropout": 0.1}
-    config = tiny_config(tmp_path, train_batch_size=8, model_path=str(tmp_path / "model"), **dropout)
-    run = Run(config, parse(mesh_shape, layout, CORES), None, 100, 0, Sampling(), StopOnSignal())
+    changes = {"train_batch_size": 8, "entmax_loss": entmax, "model_path": str(tmp_path / "model"), **dropout}
+    config = tiny_config(tmp_path, **changes)
+    sampling = Sampling(entmax=entmax)
+    run = Run(config, parse("x:4,y:2", layout, CORES), None, 100, 0, sampling, StopOnSignal())
     model_fn = make_model_fn(run)
     tokens = {"inputs": random_tokens(8, 8), "labels": random_tokens(8, 8, seed=1)}
 
