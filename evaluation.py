@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
     result = {
         "task": TASK,
         "global_step": int(sums["global_step"]),
+        "time": time.time(),
         "loss": float(sums["objective"]),
         "cross_entropy": cross_entropy,
         "perplexity": math.exp(min(cross_entropy, 700.0)),  # exp() of more has no float

@@ -15,11 +15,13 @@ from errors import UserError, exits_cleanly
 DEFAULT_STEPS_PER_CHECKPOINT = 5000  # GPT-Neo's
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; argparse itself ends the process with code 2 and one sentence for a flag it does not know."""
-    parser = argparse.ArgumentParser(
-        prog="main.py", description="Train, evaluate, sample from or audit a GPT built on Mesh-TensorFlow."
-    )
+def make_parser(
+    prog: str = "main.py",
+    description: str = "Train, evaluate, sample from or audit a GPT built on Mesh-TensorFlow.",
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> argparse.ArgumentParser:
+    """The parser of this command's options, and of those of `parents` besides."""
+    parser = argparse.ArgumentParser(prog, description=description, parents=parents)
     parser.add_argument("--model", required=True, help="name of a config in configs/, or the path of a .json file")
     device = parser.add_argument_group("devices (default: every visible GPU, else the CPU)")
     device.add_argument("--tpu", help="name or grpc:// address of a TPU; 'colab' in a Colab notebook")
@@ -66,7 +68,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument(
         "--entmax_sampling", action="store_true", help="draw with entmax's probabilities instead of softmax's"
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; argparse itself ends the process with code 2 and one sentence for a flag it does not know."""
+    return make_parser().parse_args(argv)
 
 
 def _positive(text: str) -> int:

@@ -38,7 +38,7 @@ HANDLING = (
     (r"tensorboard --logdir \S+", "viewer"),
     (r"python main\.py .*(--tpu |GPU:\d).*", "parsed"),  # needs a TPU or GPUs
     (r"python data/create_tfrecords\.py .*--use_gpt2_tokenizer", "parsed"),  # needs the model hub
-    (r"python (main|summarize|data/\w+)\.py .*", "run"),
+    (r"python (main|run_experiment|summarize|data/\w+)\.py .*", "run"),
 )
 # What a command that is run prints, by a part of it.
 PRINTED = (
@@ -50,7 +50,7 @@ PRINTED = (
     ("--json", r'^{"prompt": "Once", "continuation": .*, "new_tokens": \d+}\n{"prompt": "upon"'),
     ("--predict", r"^======== 1: \d+ new tokens ========\ndef read_lines"),
     ("summarize.py", r"trained: 20 steps[\s\S]* unigram model: [\s\S]* perplexity: [\s\S]* bits per byte: \d"),
-    ("main.py", "^$"),  # training reports on standard error
+    (".py", "^$"),  # training reports on standard error
 )
 ADDED = {"data/gather_python_sources.py": "--limit_mb 0.3"}
 SMALL = {
@@ -202,8 +202,9 @@ def test_what_the_commands_leave_behind(project: Path, results: dict[str, dict[s
     assert set(first_cells(section("Evaluation"))) == set(
         json.loads((project / "runs/quickstart/model/eval_.jsonl").read_text())
     )
-    for name in ("mine", "mine_slower", "mine_mesh"):
+    for name in ("mine", "mine_slower", "mine_mesh", "mine_tracked"):
         assert (project / "runs" / name / "model.ckpt-4.index").exists()
+    assert json.loads((project / "runs/sacred/1/run.json").read_text())["status"] == "COMPLETED"
     assert len((project / "runs/mine/continuations.jsonl").read_text().splitlines()) == 2
     shown = fenced("text")[0]
     summary = next(result["stdout"] for command, result in results.items() if "summarize.py" in command)
@@ -279,7 +280,14 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("main", "summarize", "data.create_tfrecords", "data.train_tokenizer", "data.gather_python_sources")
+    commands = (
+        "main",
+        "run_experiment",
+        "summarize",
+        "data.create_tfrecords",
+        "data.train_tokenizer",
+        "data.gather_python_sources",
+    )
     flags = {command: help_of(command, capsys) for command in commands}
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--logdir"}
     assert mentioned <= set().union(*flags.values())

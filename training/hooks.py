@@ -22,6 +22,8 @@ from config import ModelConfig
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+# Seconds that a line of metrics may wait in a buffer while others look on; a remote file is sent whole each time.
+_FLUSH_LOCAL, _FLUSH_REMOTE = 1.0, 60.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -193,7 +195,10 @@ class ProgressHook(tf.train.SessionRunHook):
             self._bar.n = first
             return
         self._writer = tf.summary.FileWriterCache.get(self._config.model_path)
-        self._log = open_metrics(os.path.join(self._config.model_path, METRICS_FILE), first)
+        path = os.path.join(self._config.model_path, METRICS_FILE)
+        self._log = open_metrics(path, first)
+        self._flush_seconds = _FLUSH_REMOTE if "://" in path else _FLUSH_LOCAL
+        self._next_flush = self._last_time
         self._bar = progress_bar(f"train {self._config.name}", "step", self._config.train_steps, first)
 
     def before_run(self, run_context: tf.train.SessionRunContext) -> tf.train.SessionRunArgs:
@@ -209,6 +214,9 @@ class ProgressHook(tf.train.SessionRunHook):
         step = self._bar.n  # steps done, the number a checkpoint made now would carry
         self._writer.add_summary(_summary(metrics), step)
         self._log.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        if now >= self._next_flush:
+            self._log.flush()
+            self._next_flush = now + self._flush_seconds
         rate = (self._bar.format_dict["rate"] or 0.0) * self._config.tokens_per_batch
         self._bar.set_postfix_str(
             f"loss {metrics['loss']:.4f}, lr {metrics['lr']:.2e}, {rate or metrics['tokens_per_second']:,.0f} tokens/s",
