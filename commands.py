@@ -4,7 +4,9 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import tensorflow.compat.v1 as tf
@@ -13,6 +15,7 @@ import evaluation
 import inputs
 import prediction
 import serving
+import tasks
 from config import ModelConfig
 from data.encoders import Encoder, SpecialIds, special_ids
 from errors import UserError
@@ -80,8 +83,8 @@ class Job:
         every_steps, eos_id = self.args.steps_per_checkpoint, self.special.eos_id
         return Run(self.config, self.layout, self.devices, every_steps, eos_id, self.sampling, self.stop)
 
-    def estimator(self) -> tf.estimator.tpu.TPUEstimator:
-        """The TPUEstimator, which on local devices is an ordinary Estimator."""
+    def estimator(self, task: str = "") -> tf.estimator.tpu.TPUEstimator:
+        """The TPUEstimator, which on local devices is an ordinary Estimator; `task` is what it evaluates."""
         config, args = self.config, self.args
         tpu_config = tf.estimator.tpu.TPUConfig(
             num_shards=self.layout.size,
@@ -100,7 +103,7 @@ class Job:
             tpu_config=tpu_config,
         )
         return tf.estimator.tpu.TPUEstimator(
-            model_fn=make_model_fn(self.run),
+            model_fn=make_model_fn(replace(self.run, task=task)),
             use_tpu=self.resolver is not None,
             config=run_config,
             train_batch_size=config.train_batch_size,
@@ -140,7 +143,7 @@ def _num_tpu_cores(name: str, resolver: Resolver) -> int:
 
 def train(args: argparse.Namespace, config: ModelConfig) -> int:
     """Train to train_steps from the last checkpoint; evaluate and predict at every checkpoint if the config asks."""
-    evaluates, predicts = config.eval_steps > 0, config.predict_steps > 0
+    evaluates = config.eval_steps > 0 or bool(config.eval_tasks)
     with StopOnSignal() as stop:
         job = prepare(args, config, stop, ["train_batch_size"] + ["eval_batch_size"] * evaluates)
         step = 0 if args.new else latest_step(config.model_path)
@@ -149,7 +152,8 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
                 "%s is at step %d, train_steps is %d: nothing to do", config.model_path, step, config.train_steps
             )
             return 0
-        _verify(job, evaluates, predicts)
+        inputs.verify_inputs(config, job.special, evaluate=False)
+        at_checkpoints = _at_checkpoints(job)
         input_fn = inputs.train_input_fn(config, job.special)
         # From here on files are touched: nothing is lost to a mistake that the lines above could find.
         if args.new:
@@ -159,7 +163,7 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
         if step:
             warn_of_changes(config)
             logger.info("resuming from step %d", step)
-        step = _train_from(job, input_fn, step, evaluates, predicts)
+        step = _train_from(job, input_fn, step, at_checkpoints)
         if stop.signum is not None:
             logger.info("stopped at step %d, checkpoint saved; the same command goes on from there", step)
             return 128 + stop.signum
@@ -167,52 +171,79 @@ def train(args: argparse.Namespace, config: ModelConfig) -> int:
     return 0
 
 
-def _verify(job: Job, evaluates: bool, predicts: bool) -> None:
-    """Find out now, not at the first checkpoint, what cannot be read."""
-    inputs.verify_inputs(job.config, job.special, evaluate=False)
-    if evaluates:
-        inputs.verify_inputs(job.config, job.special, evaluate=True)
-        evaluation.token_byte_lengths(job.config)
-    if predicts:
+def _at_checkpoints(job: Job) -> list[Callable[[], None]]:
+    """What is done at every checkpoint; finds out now, not at the first one, what cannot be read."""
+    config = job.config
+    actions: list[Callable[[], None]] = []
+    if config.eval_steps > 0:
+        inputs.verify_inputs(config, job.special, evaluate=True)
+        evaluation.token_byte_lengths(config)
+        actions.append(partial(_evaluate, job, config.eval_steps))
+    for name, texts in _task_texts(job).items():
+        actions.append(partial(_evaluate_task, job, name, texts))
+    if config.predict_steps > 0:
         _encoded_prompts(job)
+        actions.append(partial(_predict, job))
+    return actions
 
 
-def _train_from(job: Job, input_fn: inputs.InputFn, step: int, evaluates: bool, predicts: bool) -> int:
+def _train_from(job: Job, input_fn: inputs.InputFn, step: int, at_checkpoints: list[Callable[[], None]]) -> int:
     """Train from `step` until the end or a signal; the step reached."""
     config, stop, estimator = job.config, job.stop, job.estimator()
-    interval = job.args.steps_per_checkpoint if evaluates or predicts else config.train_steps
+    interval = job.args.steps_per_checkpoint if at_checkpoints else config.train_steps
     while step < config.train_steps and stop.signum is None:
         target = min(config.train_steps, (step // interval + 1) * interval)
         with explained(config, "train_batch_size"):
             estimator.train(input_fn, max_steps=target, hooks=[KeepConfig(config)])
         step = latest_step(config.model_path)
-        if evaluates and stop.signum is None:
-            _evaluate(job, estimator, config.eval_steps)
-        if predicts and stop.signum is None:
-            _predict(job, step)
+        for action in at_checkpoints:
+            if stop.signum is None:
+                action()
     return step
 
 
 def evaluate(args: argparse.Namespace, config: ModelConfig) -> int:
-    """Evaluate the last checkpoint on eval_steps batches, or on all of them where eval_steps is 0."""
+    """Evaluate the last checkpoint: on eval_steps batches of the validation data, or all of them where eval_steps is
+    0, and on eval_tasks. With tasks there may be no validation data."""
     with StopOnSignal() as stop:
         job = prepare(args, config, stop, ["eval_batch_size"])
         step = _require_checkpoint(config)
-        inputs.verify_inputs(config, job.special, evaluate=True)
-        steps = config.eval_steps or -(-inputs.count_eval_examples(config) // config.eval_batch_size)
+        texts = _task_texts(job)
+        validates = not texts or any(source.dataset.eval_path for source in config.datasets)
+        steps = 0
+        if validates:
+            inputs.verify_inputs(config, job.special, evaluate=True)
+            steps = config.eval_steps or -(-inputs.count_eval_examples(config) // config.eval_batch_size)
         job.log_devices()
-        logger.info("evaluating step %d on %d %s", step, steps, "batches" if steps > 1 else "batch")
-        _evaluate(job, job.estimator(), steps)
+        what = [f"{steps} {'batches' if steps > 1 else 'batch'}"] * validates
+        logger.info("evaluating step %d on %s", step, ", ".join([*what, *texts]))
+        if validates:
+            _evaluate(job, steps)
+        for name in texts:
+            _evaluate_task(job, name, texts[name])
     return 0
+
+
+def _task_texts(job: Job) -> dict[str, tasks.Texts]:
+    """{task: what it scores} of eval_tasks, downloaded first where --download_tasks asks for it."""
+    names = job.config.eval_tasks
+    if job.args.download_tasks:
+        if not names:
+            raise UserError(
+                '--download_tasks has nothing to do: eval_tasks is empty; set it, for example to ["lambada"]'
+            )
+        for name in names:
+            tasks.TASKS[name].fetch(job.config)
+    return {name: tasks.read_texts(name, job.config, job.special.eos_id) for name in names}
 
 
 def predict(args: argparse.Namespace, config: ModelConfig) -> int:
     """Continue the prompts with the last checkpoint."""
     with StopOnSignal() as stop:
         job = prepare(args, config, stop, [])
-        step = _require_checkpoint(config)
+        _require_checkpoint(config)
         job.log_devices()
-        _predict(job, step)
+        _predict(job)
     return 0
 
 
@@ -231,14 +262,23 @@ def export(args: argparse.Namespace, config: ModelConfig) -> int:
     return 0
 
 
-def _evaluate(job: Job, estimator: tf.estimator.tpu.TPUEstimator, steps: int) -> None:
+def _evaluate(job: Job, steps: int) -> None:
     config = job.config
     token_bytes = evaluation.token_byte_lengths(config)
     input_fn = inputs.eval_input_fn(config, job.special, steps, token_bytes)
     with explained(config, "eval_batch_size"), BatchBar(f"eval {config.name}", steps) as bar:
-        sums = estimator.evaluate(input_fn, steps=steps, hooks=[bar])
+        sums = job.estimator().evaluate(input_fn, steps=steps, hooks=[bar])
     result = evaluation.summarize(sums, knows_bytes=token_bytes is not None)
     evaluation.report(result, config.model_path, job.args.sacred_id)
+
+
+def _evaluate_task(job: Job, name: str, texts: tasks.Texts) -> None:
+    config = job.config
+    input_fn = tasks.task_input_fn(texts, tasks.task_length(texts, job.layout), job.special.padding_id)
+    steps = -(-len(texts) // config.eval_batch_size)
+    with explained(config, "eval_batch_size"), BatchBar(f"{name} {config.name}", steps) as bar:
+        found = job.estimator(task=name).evaluate(input_fn, steps=steps, hooks=[bar], name=name)
+    evaluation.report(evaluation.summarize_task(name, found), config.model_path, job.args.sacred_id)
 
 
 def _encoded_prompts(job: Job) -> tuple[Encoder, list[str], list[list[int]]]:
@@ -252,8 +292,9 @@ def _encoded_prompts(job: Job) -> tuple[Encoder, list[str], list[list[int]]]:
     return encoder, prompts, encoded
 
 
-def _predict(job: Job, step: int) -> None:
+def _predict(job: Job) -> None:
     config, args = job.config, job.args
+    step = latest_step(config.model_path)
     encoder, prompts, encoded = _encoded_prompts(job)
     length = prediction.decode_length(encoded, config, job.sampling.max_new_tokens, job.layout)
     input_fn = inputs.predict_input_fn(encoded, job.predict_batch_size, length, job.special.padding_id)

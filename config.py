@@ -45,7 +45,6 @@ NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("mlm_training", bool, "it must be false"),
     ("opt_name", lambda name: name == "adafactor", 'it must be "adam"'),
     ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),
-    ("eval_tasks", bool, "it must be an empty list"),
     ("log_grads", bool, "it must be false"),
 )
 

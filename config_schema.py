@@ -54,6 +54,7 @@ class DatasetConfig(_Schema):
     tokenizer_is_pretrained: kind.Switch = False
     eos_id: kind.TokenId = None
     padding_id: kind.TokenId = None
+    lambada_path: kind.OptionalText = None
 
     @field_validator("tokenizer_is_pretrained")
     @classmethod

@@ -56,6 +56,18 @@ def summarize(sums: Mapping[str, Any], knows_bytes: bool) -> dict[str, Any]:
         "tokens": tokens,
         "bytes": size if knows_bytes else None,
     }
+    return _with_null(result)
+
+
+def summarize_task(task: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of an evaluation task from what the model function's evaluation returned."""
+    metrics = {name: float(value) for name, value in found.items() if name not in ("loss", "global_step")}
+    counts = {name: int(metrics[name]) for name in ("texts", "tokens")}
+    return _with_null({"task": task, "global_step": int(found["global_step"])} | metrics | counts)
+
+
+def _with_null(result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with null for what is no finite number, which JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
     }

@@ -55,6 +55,11 @@ def make_parser(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="override a key of the config"
     )
 
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--download_tasks", action="store_true", help="download what eval_tasks read, where it is not there"
+    )
+
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--prompt", metavar="FILE", help="text to continue; a line '---' separates several prompts")
     sampling.add_argument("--prompt_per_line", action="store_true", help="every line of the file is a prompt")

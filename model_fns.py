@@ -16,7 +16,9 @@ from mesh.randomness import fold_in, make_key
 from models import gpt
 from models.context import Context
 from models.dims import Dims, make_dims
+from models.scoring import score
 from sample import Sampling, decode
+from tasks import TASKS
 from training.checkpoints import CheckpointHook, stored_shapes, verify_checkpoint
 from training.hooks import FiniteHook, ProgressHook, StopOnSignal
 
@@ -38,6 +40,7 @@ class Run:
       eos_id: the token that ends a text.
       sampling: how prediction draws.
       stop: asked after every training step whether to stop.
+      task: what evaluation evaluates: a name of TASKS, or "" for the validation data.
     """
 
     config: ModelConfig
@@ -47,13 +50,14 @@ class Run:
     eos_id: int
     sampling: Sampling
     stop: StopOnSignal
+    task: str = ""
 
 
 def make_model_fn(run: Run) -> ModelFn:
     """The `model_fn(features, labels, mode, params)` of a TPUEstimator."""
     specs = {
         tf.estimator.ModeKeys.TRAIN: train_spec,
-        tf.estimator.ModeKeys.EVAL: evaluate_spec,
+        tf.estimator.ModeKeys.EVAL: task_spec if run.task else evaluate_spec,
         tf.estimator.ModeKeys.PREDICT: predict_spec,
     }
 
@@ -238,6 +242,33 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
     return tf.estimator.tpu.TPUEstimatorSpec(
         tf.estimator.ModeKeys.EVAL,
         loss=tensors["objective"][0] / tf.maximum(tensors["tokens"][0], 1.0),
+        eval_metrics=(metric_fn, tensors),
+        evaluation_hooks=[mtf.MtfRestoreHook(lowering)],
+    )
+
+
+def task_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
+    """The metrics of `run.task` over all batches; features as tasks.py makes them."""
+    tf.train.get_or_create_global_step()
+    task = TASKS[run.task]
+    graph = _Graph(run, params, *features["inputs"].shape.as_list())
+    scored = mtf.Shape([graph.dims.batch, mtf.Dimension("scored", features["labels"].shape.as_list()[1])])
+    places = [mtf.import_tf_tensor(graph.mesh, features[name], scored) for name in ("positions", "labels")]
+    inputs = graph.import_batch({"inputs": features["inputs"]})["inputs"]
+    sums = task.sums(score(graph.context(), inputs, *places))
+    lowering = graph.lower()
+    tensors = {name: tf.reshape(lowering.export_to_tf_tensor(value), [1]) for name, value in sums.items()}
+    verify_checkpoint(run.config.model_path, tf.global_variables())
+
+    def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
+        sums = {name: _running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
+        update = tf.group(*[operation for _, operation in sums.values()])
+        metrics = task.metrics({name: value for name, (value, _) in sums.items()})
+        return {name: (value, update) for name, value in metrics.items()}
+
+    return tf.estimator.tpu.TPUEstimatorSpec(
+        tf.estimator.ModeKeys.EVAL,
+        loss=tensors["loss"][0],
         eval_metrics=(metric_fn, tensors),
         evaluation_hooks=[mtf.MtfRestoreHook(lowering)],
     )

@@ -59,7 +59,10 @@ def summary(config: ModelConfig, sacred_id: str) -> list[tuple[str, str]]:
     evaluations = _json_lines(
         os.path.join(config.model_path, f"eval_{sacred_id}.jsonl"), f"run main.py --model {name} --eval first"
     )
-    result = evaluations[-1]
+    validations = [result for result in evaluations if result["task"] == "validation"]
+    if not validations:
+        raise UserError(f"eval_{sacred_id}.jsonl holds no validation; run main.py --model {name} --eval first")
+    result = validations[-1]
     steps = int(metrics[-1]["step"])
     train_loss = statistics.mean(line["cross_entropy"] for line in metrics[-_LAST_STEPS:])
     speed = statistics.median(line["tokens_per_second"] for line in metrics)

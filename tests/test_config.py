@@ -113,7 +113,6 @@ ASKING_FOR_UNBUILT = [
     ("moe_activation", "gelu", "leave it out"),
     ("opt_name", "adafactor", 'it must be "adam"'),
     ("precision", "bfloat16", 'it must be "float32"'),
-    ("eval_tasks", ["lambada"], "it must be an empty list"),
     ("log_grads", True, "it must be false"),
     ("mlm_training", True, "it must be false"),
 ]

@@ -148,6 +148,23 @@ DATA = {
         before=records(*[[2] * 9] * 16, *[[3] * 2] * 48),
     ),
     "vocabulary": Case("", "first record holds token id 40, outside the vocab", before=records([40] * 9, *CHUNKS)),
+    "task": Case(
+        "",
+        'eval_tasks is ["lamdba"]; it must be a list of evaluation tasks, from "lambada"',
+        {"eval_tasks": ["lamdba"]},
+    ),
+    "no file of a task": Case(
+        "", "no dataset config of datasets gives both lambada_path and", {"eval_tasks": ["lambada"]}
+    ),
+    "task past n_vocab": Case(
+        "--eval",
+        "its texts have token id 39 but n_vocab is 32",
+        {"eval_tasks": ["lambada"]},
+        {"lambada_path": "{dir}/l"},
+        before=text("l", '{"text": "w3 w39"}'),
+        trained=True,
+    ),
+    "no task to download": Case("--download_tasks", "--download_tasks has nothing to do: eval_tasks is empty"),
     "vocabulary, later": Case(
         "", "token id 40 in a record of path is outside", {"train_steps": 20}, before=records(*CHUNKS, [40] * 9)
     ),
@@ -280,6 +297,7 @@ def make_workspace(
     (folder / "empty").mkdir()
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("w3 w4 w5 w6")
+    changes, dataset = json.loads(json.dumps([changes, dataset]).replace("{dir}", str(folder)))
     values = {
         "id": "mine",
         "path": str(folder / "train_*"),
@@ -287,7 +305,6 @@ def make_workspace(
         "tokenizer_path": str(folder / "tok.json"),
         **dataset,
     }
-    changes = json.loads(json.dumps(changes).replace("{dir}", str(folder)))
     return Workspace(folder, **{"datasets": [[values, *sampling, 1.0]], **SMALL, **changes})
 
 

@@ -10,6 +10,7 @@ import sys
 import tensorflow.compat.v1 as tf
 
 from config import ModelConfig, config_to_json, load_model_config, read_text
+from config_fields import EVAL_TASKS
 from errors import UserError
 from training.checkpoints import reason
 
@@ -24,7 +25,8 @@ _WRITTEN = (
 # Written there as well, but about the data, not about the model: --new leaves them.
 _ABOUT_DATA = ("window_counts.json", "dataset_examples.txt")
 # And in folders: curves of evaluations, which the Estimator keeps apart, and SavedModels.
-_WRITTEN_IN_FOLDERS = {"eval": r"events\.out\.tfevents\..*", "export": r"\d+(\.tmp)?"}
+_EVENTS = r"events\.out\.tfevents\..*"
+_WRITTEN_IN_FOLDERS = {"eval": _EVENTS, "export": r"\d+(\.tmp)?"} | {f"eval_{task}": _EVENTS for task in EVAL_TASKS}
 
 
 def make_model_dir(config: ModelConfig) -> None:
