@@ -54,6 +54,8 @@ class Encoder:
         padding_id: likewise.
 
     Attributes:
+        tokenizer_json: what it was made from.
+        settings: the same as an object, without what would lose, add or randomise tokens.
         vocab_size: one more than the largest id, the size that an embedding needs.
         eos_id: None where the tokenizer has no such token.
         padding_id: None where the tokenizer has no such token.
@@ -62,7 +64,8 @@ class Encoder:
 
     def __init__(self, tokenizer_json: str, eos_id: int | None = None, padding_id: int | None = None) -> None:
         settings = _without_surprises(json.loads(tokenizer_json))
-        self._json = tokenizer_json
+        self.settings = settings
+        self.tokenizer_json = tokenizer_json
         self._decoder_type = _types(settings["decoder"])
         self._special_ids = {token["id"] for token in settings["added_tokens"] if token["special"]}
         self._tokenizer = Tokenizer.from_str(json.dumps(settings))
@@ -78,7 +81,7 @@ class Encoder:
         self.sha256 = sha256(tokenizer_json.encode()).hexdigest()
 
     def __reduce__(self) -> tuple[type["Encoder"], tuple[str, int | None, int | None]]:
-        return Encoder, (self._json, self.eos_id, self.padding_id)
+        return Encoder, (self.tokenizer_json, self.eos_id, self.padding_id)
 
     @cached_property
     def _special_tokenizer(self) -> Tokenizer:
@@ -203,17 +206,25 @@ def _from_folder(path: str) -> Encoder:
         return _from_json_file(join(path, "tokenizer.json"))
     for vocabulary, merges in _VOCABULARY_AND_MERGES:
         if exists(join(path, vocabulary)) and exists(join(path, merges)):
-            return _from_vocabulary(join(path, vocabulary), join(path, merges))
+            return load_vocabulary(join(path, vocabulary), join(path, merges))
     raise UserError(
         f"the folder {path} holds no tokenizer; it needs tokenizer.json, a transformers tokenizer, "
         + " or ".join(f"{vocabulary} and {merges}" for vocabulary, merges in _VOCABULARY_AND_MERGES)
     )
 
 
-def _from_vocabulary(vocabulary: str, merges: str) -> Encoder:
-    """A byte-level BPE of GPT-2's kind from its two files."""
+def load_vocabulary(vocabulary: str, merges: str) -> Encoder:
+    """A byte-level BPE of GPT-2's kind from its two files, local or gs://; UserError if they aren't that.
+
+    Args:
+        vocabulary: {token: id} as JSON (vocab.json, encoder.json).
+        merges: two tokens a line, the first merge first (merges.txt, vocab.bpe).
+    """
     try:
-        tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges))
+        lines = [line for line in read_text(merges).splitlines() if line and not line.startswith("#version")]
+        tokenizer = Tokenizer(models.BPE(json.loads(read_text(vocabulary)), [tuple(line.split(" ")) for line in lines]))
+    except UserError:
+        raise
     except Exception as error:  # `tokenizers` raises nothing more specific
         raise UserError(f"{vocabulary} and {merges} are not a BPE vocabulary and its merges ({error})") from error
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,9 +1,10 @@
 """Files, local or behind a scheme that tf.io.gfile knows (gs://...). TensorFlow is imported only for the latter."""
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from errors import UserError
 
@@ -22,6 +23,17 @@ def gfile() -> Any:
     return tf.io.gfile
 
 
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """What tf.io.gfile raises as the OSError that a local file would have raised."""
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise OSError(None, error.message.rpartition("; ")[2]) from error
+
+
 class _RemoteFile(io.RawIOBase):
     """A GFile as the raw stream that decompressors and BufferedReader expect."""
 
@@ -32,9 +44,19 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        chunk = self._file.read(len(buffer))
+        with _as_os_errors():
+            chunk = self._file.read(len(buffer))
         buffer[: len(chunk)] = chunk
         return len(chunk)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _as_os_errors():
+            base = {io.SEEK_SET: 0, io.SEEK_CUR: self._file.tell(), io.SEEK_END: self._file.size()}[whence]
+            self._file.seek(base + offset)
+        return base + offset
 
     def tell(self) -> int:
         return int(self._file.tell())
@@ -42,6 +64,11 @@ class _RemoteFile(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def is_whole_file(stream: Any) -> bool:
+    """Whether it comes from `open_binary`, so that it can be read at any place; a file in an archive often can't."""
+    return isinstance(getattr(stream, "raw", None), io.FileIO | _RemoteFile)
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -108,11 +135,12 @@ def list_folder(path: str) -> list[str]:
 
 def make_folder(path: str) -> None:
     """Make the folder and its parents; UserError where that can't be done."""
-    if is_remote(path):
-        gfile().makedirs(path)
-        return
     try:
-        os.makedirs(path, exist_ok=True)
+        if is_remote(path):
+            with _as_os_errors():
+                gfile().makedirs(path)
+        else:
+            os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {path} can't be made ({error.strerror}); give one that you may write") from error
 
@@ -127,27 +155,61 @@ def rename(source: str, target: str) -> None:
     gfile().rename(source, target, overwrite=True) if is_remote(source) else os.replace(source, target)
 
 
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """UserError where a file can't be written: no room, no right."""
+    try:
+        with _as_os_errors() if is_remote(path) else contextlib.nullcontext():
+            yield
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}); give a path that you may write") from error
+
+
+class OutputFile:
+    """Bytes into a file that is written aside (`aside`) and gets its name when it is whole.
+
+    Its methods raise UserError where the file can't be written.
+    """
+
+    def __init__(self, aside: str) -> None:
+        self._aside = aside
+        with _explained(aside):
+            opener = gfile().GFile if is_remote(aside) else open
+            self._file: IO[bytes] = opener(aside, "wb")
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        with _explained(self._aside):
+            self._file.write(data)
+
+    def finish(self, path: str) -> None:
+        """Close the file and give it its name."""
+        with _explained(self._aside):
+            self._file.flush()
+            if not is_remote(self._aside):
+                os.fsync(self._file.fileno())  # or a machine that stops may keep the name and lose the content
+            self._file.close()
+            rename(self._aside, path)
+
+    def discard(self) -> None:
+        """Close and remove what there is of it."""
+        with contextlib.suppress(UserError), _explained(self._aside):  # the error that led here is the one to tell
+            try:
+                self._file.close()
+            finally:
+                remove(self._aside)
+
+
 def write_text(path: str, text: str) -> None:
     """Write UTF-8 text aside and rename it: whoever reads `path` finds the old file or the new one, never a part.
 
     The folder is made if need be; UserError where that or the writing can't be done.
     """
-    aside = f"{path}.partial"
-    if is_remote(path):
-        import tensorflow as tf
-
-        try:
-            gfile().makedirs(path.rpartition("/")[0])
-            with gfile().GFile(aside, "w") as remote:
-                remote.write(text)
-            rename(aside, path)
-        except tf.errors.OpError as error:
-            raise UserError(f"{path} can't be written ({error.message}); give a path that you may write") from error
-        return
-    make_folder(os.path.dirname(path) or ".")
+    make_folder(path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path) or ".")
+    file = OutputFile(f"{path}.partial")
     try:
-        with open(aside, "w", encoding="utf-8", newline="") as local:
-            local.write(text)
-        rename(aside, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}); give a path that you may write") from error
+        file.write(text.encode())
+        file.finish(path)
+    except UserError:
+        file.discard()
+        raise

@@ -13,15 +13,16 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-# `python data/gather_python_sources.py` puts data/ on the path, but errors.py is in the folder above it.
+# `python data/gather_python_sources.py` puts data/ on the path, but the modules are imported from the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from errors import UserError, exits_cleanly
+from data.command_line import command
+from errors import UserError
 
 # Not the library's own text: installed packages, tests (much of it generated or broken on purpose), the bundled editor.
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "idlelib"})
@@ -120,15 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> int:
+@command(_parser)
+def main(args: argparse.Namespace) -> int:
     """Run the command; UserError for what its user can put right."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 0
-    args = parser.parse_args(argv)
     if not 0 < args.limit_mb < math.inf:
         raise UserError(f"--limit_mb {args.limit_mb} must be a number above 0")
     output_dir = Path(os.path.abspath(args.output_dir))

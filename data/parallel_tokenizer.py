@@ -4,17 +4,20 @@
 ftfy has to look at, at about 1 MB/s, is mended in Python, which threads can't share: processes speed up both.
 """
 
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
 import numpy as np
 
 from data.encoders import Encoder
+from data.fast_bpe import FastEncoder
 from data.text_cleaning import detokenize_wikitext, mend
 from errors import UserError
 
@@ -33,6 +36,20 @@ class TextOptions:
     allow_special: bool = False
 
 
+class TextBatch(NamedTuple):
+    """Some documents of one part of a set.
+
+    Attributes:
+        part: which part.
+        end: how many documents of the input, of any part, are behind the last of these.
+        texts: the documents.
+    """
+
+    part: int
+    end: int
+    texts: list[str]
+
+
 class TokenBatch(NamedTuple):
     """Some consecutive documents' tokens.
 
@@ -46,76 +63,119 @@ class TokenBatch(NamedTuple):
     lengths: np.ndarray
     text_bytes: int
 
-    def documents(self) -> list[np.ndarray]:
-        """The ids of each document."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1])
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Cleaning and encoding, as any process can do it. With `fast`, which gives the same ids, that is used."""
+
+    encoder: Encoder
+    options: TextOptions
+    fast: FastEncoder | None = None
+
+    def clean(self, text: str) -> str:
+        """The text as it is encoded."""
+        if self.options.wikitext_detokenize:
+            text = detokenize_wikitext(text)
+        return mend(text) if self.options.ftfy else text
+
+    def tokenize(self, texts: list[str]) -> TokenBatch:
+        """Clean and encode one or more documents."""
+        texts = list(map(self.clean, texts))
+        if self.fast is not None:
+            documents = list(map(self.fast.encode, texts))
+        else:
+            encoded = self.encoder.encode_batch(texts, allow_special=self.options.allow_special)
+            documents = [np.array(ids, np.int32) for ids in encoded]
+        return TokenBatch(
+            ids=np.concatenate(documents),
+            lengths=np.array(list(map(len, documents)), np.int64),
+            text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for text in texts),
+        )
 
 
-def tokenize_batch(encoder: Encoder, texts: list[str], options: TextOptions) -> TokenBatch:
-    """Clean and encode one or more documents."""
-    if options.wikitext_detokenize:
-        texts = [detokenize_wikitext(text) for text in texts]
-    if options.ftfy:
-        texts = [mend(text) for text in texts]
-    documents = encoder.encode_batch(texts, allow_special=options.allow_special)
-    return TokenBatch(
-        ids=np.concatenate([np.asarray(ids, np.int32) for ids in documents]),
-        lengths=np.array([len(ids) for ids in documents], np.int64),
-        text_bytes=sum(len(text.encode()) for text in texts),
-    )
+class TokenizerPool:
+    """Processes that tokenise, to be used in a `with` block. With one process everything happens in this one."""
+
+    def __init__(self, tokenizer: TextTokenizer, processes: int) -> None:
+        self._tokenizer = tokenizer
+        self._processes = processes
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "TokenizerPool":
+        if self._processes > 1:
+            # Spawned rather than forked: a fork would copy TensorFlow's and tqdm's threads in whatever state they are.
+            self._executor = ProcessPoolExecutor(
+                self._processes, get_context("spawn"), _start_worker, (self._tokenizer,)
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def run(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, TokenBatch]]:
+        """Each batch, its texts let go of, and its tokens, in order: the same for any number of processes.
+
+        Batches are taken only as far ahead as keeps the processes busy.
+        """
+        if self._executor is None:
+            for batch in batches:
+                yield batch._replace(texts=[]), self._tokenizer.tokenize(batch.texts)
+            return
+        in_flight: deque[tuple[TextBatch, Future[TokenBatch]]] = deque()
+        try:
+            for batch in batches:
+                in_flight.append((batch._replace(texts=[]), self._executor.submit(_tokenize_in_worker, batch.texts)))
+                if len(in_flight) >= self._processes * _BATCHES_PER_PROCESS:
+                    yield _finished(in_flight)
+            while in_flight:
+                yield _finished(in_flight)
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of the {self._processes} tokenising processes was killed, most likely for lack of memory; "
+                "try a smaller --processes"
+            ) from error
 
 
-def tokenize(documents: Iterable[str], encoder: Encoder, options: TextOptions, processes: int) -> Iterator[TokenBatch]:
-    """The tokens of all documents, in order: the same for any number of processes.
-
-    With one process everything happens in this one. Documents are read only as far ahead as keeps the processes busy.
-    """
-    batches = _batches(documents)
-    if processes == 1:
-        for texts in batches:
-            yield tokenize_batch(encoder, texts, options)
-        return
-    # Spawned rather than forked: a fork would copy TensorFlow's and tqdm's threads in whatever state they are.
-    executor = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (encoder, options))
-    in_flight: deque[Future[TokenBatch]] = deque()
-    try:
-        for texts in batches:
-            in_flight.append(executor.submit(_tokenize_in_worker, texts))
-            if len(in_flight) >= processes * _BATCHES_PER_PROCESS:
-                yield in_flight.popleft().result()
-        while in_flight:
-            yield in_flight.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"one of the {processes} tokenising processes was killed, most likely for lack of memory; "
-            "try a smaller --processes"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
+def _finished(in_flight: deque[tuple[TextBatch, "Future[TokenBatch]"]]) -> tuple[TextBatch, TokenBatch]:
+    batch, tokens = in_flight.popleft()
+    return batch, tokens.result()
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    characters = 0
-    for text in documents:
-        texts.append(text)
-        characters += len(text) + 1  # so that empty documents make a batch too
-        if characters >= _BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+def batches_of(documents: Iterable[tuple[int, int, str]]) -> Iterator[TextBatch]:
+    """(part, number, text) of each document -> batches of some length; `number` counts the input's documents from 0."""
+    texts: dict[int, list[str]] = {}
+    characters: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    for part, number, text in documents:
+        texts.setdefault(part, []).append(text)
+        # One more, so that empty documents make a batch too.
+        characters[part] = characters.get(part, 0) + len(text) + 1
+        ends[part] = number + 1
+        if characters[part] >= _BATCH_CHARACTERS:
+            yield TextBatch(part, ends[part], texts.pop(part))
+            characters[part] = 0
+    for part in sorted(texts):
+        yield TextBatch(part, ends[part], texts[part])
 
 
-_worker: tuple[Encoder, TextOptions] | None = None  # a worker process's own, set once when it starts
+_worker: TextTokenizer | None = None  # a worker process's own, set once when it starts
 
 
-def _start_worker(encoder: Encoder, options: TextOptions) -> None:
+def _start_worker(tokenizer: TextTokenizer) -> None:
     global _worker
-    _worker = encoder, options
+    _worker = tokenizer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next batch for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _tokenize_in_worker(texts: list[str]) -> TokenBatch:
     assert _worker is not None
-    encoder, options = _worker
-    return tokenize_batch(encoder, texts, options)
+    return _worker.tokenize(texts)

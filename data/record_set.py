@@ -1,19 +1,32 @@
 """The record of a set of tfrecords, NAME.manifest.json: what it was made from, with which options, what it holds.
 
-It is written twice: before the first token with "complete": false, so that what an interrupted run leaves behind is
-known for what it is, and at the end with the results.
+It is written before the first token, with "complete": false, so that what an interrupted run leaves behind is known for
+what it is; again after each file, with all that is needed to go on behind it; and at the end with the results.
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import read_text
-from data.files import exists, join, remove, write_text
+from data.files import exists, join, remove, size_of, write_text
+from data.splitting import PARTS
 from data.tfrecord_writer import files_of
 from errors import UserError
 
 # What decides the content of the files. `input.path` and `tokenizer.path` may change: their content may not.
 _DECISIVE = ("options", "input", "tokenizer")
+
+
+class Found(NamedTuple):
+    """What an output folder holds of a set.
+
+    Attributes:
+        manifest: of the complete set; else None.
+        progress: {part's name: its state behind its last file}, of an interrupted run; empty if there is none.
+    """
+
+    manifest: dict[str, Any] | None
+    progress: dict[str, Any]
 
 
 def manifest_path(output_dir: str, name: str) -> str:
@@ -26,39 +39,67 @@ def write_manifest(output_dir: str, name: str, manifest: dict[str, Any]) -> None
     write_text(manifest_path(output_dir, name), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def find_complete(output_dir: str, name: str, planned: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a complete set made by the same options from the same input, None if there is nothing yet.
+def part_names(name: str, is_split: bool) -> tuple[str, ...]:
+    """How the names of the files of each part begin."""
+    return tuple(f"{name}_{part}" for part in PARTS) if is_split else (name,)
 
-    What an interrupted run of the same plan left behind is removed. A plan that gave no file binds nobody.
+
+def find_set(output_dir: str, name: str, planned: dict[str, Any]) -> Found:
+    """What there is of a set that is made by these options from this input.
+
+    Of what an interrupted run left behind, the files that are listed are kept and the others removed. A plan that gave
+    no file binds nobody.
 
     Raises:
         UserError: the folder holds a set of this name that was made otherwise, or files of this name that no
             manifest speaks of, or a set of which files are missing.
     """
     path = manifest_path(output_dir, name)
-    found = files_of(output_dir, name)
     other = "choose another --name or --output_dir, or remove the set"
+    found = _files(output_dir, name, planned)
     if not exists(path):
         if found:
             raise UserError(f"{output_dir} already holds {found[0]}, which no {name}.manifest.json speaks of; {other}")
-        return None
+        return Found(None, {})
     try:
         manifest = json.loads(read_text(path))
         differences = _differences(manifest, planned)
         complete = bool(manifest["complete"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        found = sorted({*found, *_files(output_dir, name, manifest)})
+        listed = {entry["file"]: entry.get("bytes") for entry in _entries(manifest)}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest of data/create_tfrecords.py; {other}") from error
     if differences and (found or complete):
         raise UserError(f"{output_dir} already holds a set {name} made otherwise ({'; '.join(differences)}); {other}")
     if not complete:
-        for file in found:
-            remove(join(output_dir, file))
-        return None
-    listed = {entry["file"] for entry in manifest["files"]}
-    if astray := sorted(listed ^ set(found)):
+        return Found(None, _take_over(output_dir, manifest.get("progress", {}), listed, found))
+    if astray := sorted(listed.keys() ^ set(found)):
         what = "lists {}, which is not there" if astray[0] in listed else "does not list {}, which is there"
         raise UserError(f"{path} {what.format(astray[0])}; {other}")
-    return dict(manifest)
+    return Found(manifest, {})
+
+
+def _files(output_dir: str, name: str, plan: dict[str, Any]) -> list[str]:
+    names = part_names(name, plan["options"].get("split") is not None)
+    return [file for part in names for file in files_of(output_dir, part)]
+
+
+def _entries(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files that a manifest lists, of a complete set or of one that was interrupted."""
+    lists = [manifest] if manifest["complete"] else manifest.get("progress", {}).values()
+    return [entry for part in lists for entry in part["files"]]
+
+
+def _take_over(
+    output_dir: str, progress: dict[str, Any], listed: dict[str, int | None], found: list[str]
+) -> dict[str, Any]:
+    """The progress of an interrupted run, if its files are as it left them; all other files of the set are removed."""
+    if any(file not in found or size_of(join(output_dir, file)) != size for file, size in listed.items()):
+        progress, listed = {}, {}
+    for file in found:
+        if file not in listed:
+            remove(join(output_dir, file))
+    return progress
 
 
 def _differences(manifest: dict[str, Any], planned: dict[str, Any]) -> list[str]:

@@ -1,23 +1,54 @@
-"""Token ids into tfrecords: one int64 feature `text` a record, NAME_<i>_<records>.tfrecords, each whole or absent."""
+"""Records into a set of tfrecords files, NAME_<i>_<records>.tfrecords, each whole or absent."""
 
-import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from data.files import join, list_folder, make_folder, remove, rename
-from errors import UserError
+from data.files import OutputFile, join, list_folder, make_folder
+from data.record_bytes import frame_records
+from data.records import Records
 
 
 class WrittenFile(NamedTuple):
-    """A finished file: its name, how many records it holds, how many tokens these hold."""
+    """A finished file.
+
+    Attributes:
+        file: its name.
+        records: how many it holds.
+        tokens: how many all of these hold.
+        min_tokens, max_tokens: how many the shortest and the longest of them hold.
+        min_id, max_id: the smallest and the largest token id.
+        bytes: its size.
+    """
 
     file: str
     records: int
     tokens: int
+    min_tokens: int
+    max_tokens: int
+    min_id: int
+    max_id: int
+    bytes: int
+
+    def with_records(self, records: Records, size: int) -> "WrittenFile":
+        """The same file with more records, which take up `size` bytes."""
+        lengths, ids = records.lengths, records.ids
+        return WrittenFile(
+            file=self.file,
+            records=self.records + len(lengths),
+            tokens=self.tokens + len(ids),
+            min_tokens=min(self.min_tokens, int(lengths.min())),
+            max_tokens=max(self.max_tokens, int(lengths.max())),
+            min_id=min(self.min_id, int(ids.min())),
+            max_id=max(self.max_id, int(ids.max())),
+            bytes=self.bytes + size,
+        )
+
+
+_NOTHING = WrittenFile("", 0, 0, np.iinfo(np.int64).max, 0, np.iinfo(np.int64).max, 0, 0)
 
 
 def files_of(output_dir: str, name: str) -> list[str]:
@@ -26,83 +57,73 @@ def files_of(output_dir: str, name: str) -> list[str]:
     return [file for file in list_folder(output_dir) if pattern.fullmatch(file)]
 
 
-@contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """UserError where TensorFlow can't write the file: no room, no right."""
-    import tensorflow as tf  # as in `write`
-
-    try:
-        yield
-    except tf.errors.OpError as error:
-        reason = error.message.rpartition("; ")[2]
-        raise UserError(f"{path} can't be written ({reason}); put that right and run the same command again") from error
-
-
 class RecordSetWriter:
-    """Writes records to numbered files of at most `files_per` records.
+    """Writes records to numbered files of `files_per` records, the last one of fewer.
 
     A file is written aside (NAME_<i>.partial) and takes its name, which tells its number of records, when it is
     complete. Leaving the `with` block by an exception removes the unfinished one.
     """
 
-    def __init__(self, output_dir: str, name: str, files_per: int) -> None:
-        self.files: list[WrittenFile] = []
-        self.records = 0
-        self.tokens = 0
-        self.min_id: int | None = None
-        self.max_id: int | None = None
+    def __init__(
+        self, output_dir: str, name: str, files_per: int, files: Sequence[WrittenFile] = (), skip: int = 0
+    ) -> None:
+        """`files`: those that an earlier writer finished; `skip`: how many of the next records these hold already."""
+        self.files = list(files)
         self._output_dir = output_dir
         self._name = name
         self._files_per = files_per
-        self._writer: Any = None
-        self._file_records = 0
-        self._file_tokens = 0
+        self._skip = skip
+        self._output: OutputFile | None = None
+        self._file = _NOTHING
 
     def __enter__(self) -> "RecordSetWriter":
         make_folder(self._output_dir)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._writer is None:
-            return
-        if kind is None:
+        try:
+            if self._output is not None and kind is None:
+                self._finish_file()
+        finally:
+            if self._output is not None:
+                self._output.discard()
+
+    @property
+    def records(self) -> int:
+        """How many records have been written, those of earlier writers included."""
+        return self._file.records + sum(file.records for file in self.files)
+
+    def write(self, records: Records) -> bool:
+        """Write records in their order; whether that finished a file."""
+        skipped = min(self._skip, len(records.lengths))
+        self._skip -= skipped
+        finished = len(self.files)
+        first = skipped
+        while first < len(records.lengths):
+            last = min(len(records.lengths), first + self._files_per - self._file.records)
+            self._write(_section(records, first, last))
+            first = last
+        return len(self.files) > finished
+
+    def _write(self, records: Records) -> None:
+        if self._output is None:
+            self._output = OutputFile(join(self._output_dir, f"{self._name}_{len(self.files)}.partial"))
+        data = frame_records(records.ids, records.lengths)
+        self._output.write(data)
+        self._file = self._file.with_records(records, len(data))
+        if self._file.records == self._files_per:
             self._finish_file()
-        else:
-            with contextlib.suppress(UserError):  # the error that ends the block is the one to tell
-                self._close()
-            remove(self._aside())
-
-    def _aside(self) -> str:
-        return join(self._output_dir, f"{self._name}_{len(self.files)}.partial")
-
-    def write(self, ids: np.ndarray) -> None:
-        """Write one record; int [tokens], at least one."""
-        import tensorflow as tf  # here, because it takes seconds that the workers meanwhile use
-
-        if self._writer is None:
-            with _explained(self._aside()):
-                self._writer = tf.io.TFRecordWriter(self._aside())
-        int64_list = tf.train.Int64List(value=ids.tolist())
-        features = tf.train.Features(feature={"text": tf.train.Feature(int64_list=int64_list)})
-        with _explained(self._aside()):
-            self._writer.write(tf.train.Example(features=features).SerializeToString())
-        self._file_records += 1
-        self._file_tokens += len(ids)
-        low, high = int(ids.min()), int(ids.max())
-        self.min_id = low if self.min_id is None else min(self.min_id, low)
-        self.max_id = high if self.max_id is None else max(self.max_id, high)
-        if self._file_records == self._files_per:
-            self._finish_file()
-
-    def _close(self) -> None:
-        with _explained(self._aside()):
-            self._writer.close()
 
     def _finish_file(self) -> None:
-        self._close()
-        name = f"{self._name}_{len(self.files)}_{self._file_records}.tfrecords"
-        rename(self._aside(), join(self._output_dir, name))
-        self.files.append(WrittenFile(name, self._file_records, self._file_tokens))
-        self.records += self._file_records
-        self.tokens += self._file_tokens
-        self._writer, self._file_records, self._file_tokens = None, 0, 0
+        assert self._output is not None
+        name = f"{self._name}_{len(self.files)}_{self._file.records}.tfrecords"
+        self._output.finish(join(self._output_dir, name))
+        self.files.append(self._file._replace(file=name))
+        self._output, self._file = None, _NOTHING
+
+
+def _section(records: Records, first: int, last: int) -> Records:
+    """Some consecutive ones of the records."""
+    start = int(records.lengths[:first].sum())
+    lengths = records.lengths[first:last]
+    return Records(records.ids[start : start + int(lengths.sum())], lengths)

@@ -2,24 +2,19 @@
 
 import gzip
 import json
-import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tensorflow as tf
 
-from data import create_tfrecords, parallel_tokenizer
+from data import parallel_tokenizer, tfrecords_job
 from data.encoders import Encoder
-from data.records import records
 from data.train_tokenizer import train_tokenizer
+from tests.tfrecords_run import TEXT, Run, check_account, in_order, random_documents, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "the cat sat on a mat; déjà vu, çay 🙂 while <|endoftext|> x = [1, 2]\n"
-WORDS = re.findall("[^ ]+", TEXT)
 VOCAB_SIZE = 290
 
 
@@ -35,71 +30,9 @@ def encoder(tokenizer_path: Path) -> Encoder:
     return Encoder(tokenizer_path.read_text())
 
 
-def random_documents(count: int, seed: int) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(count)]
-
-
-def write_texts(folder: Path, documents: list[str]) -> None:
-    for index, document in enumerate(documents):
-        path = folder / f"part{index % 3}" / f"{index:04d}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(document.encode())
-
-
-def in_order(documents: list[str]) -> list[str]:
-    """The documents in the order of the files that write_texts makes."""
-    return [documents[index] for part in range(3) for index in range(part, len(documents), 3)]
-
-
-class Run:
-    """A call of the command, with its exit code and what it wrote."""
-
-    def __init__(self, tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.input = tmp_path / "in"
-        self.output = tmp_path / "out"
-        self._tokenizer_path = tokenizer_path
-        self._capsys = capsys
-
-    def __call__(self, *flags: str, processes: int = 1) -> int:
-        code = create_tfrecords.main(
-            ["--input_dir", str(self.input), "--output_dir", str(self.output), "--name", "set", "--encoder_path",
-             str(self._tokenizer_path), "--processes", str(processes), *flags]
-        )  # fmt: skip
-        captured = self._capsys.readouterr()
-        self.out, self.err = captured.out, captured.err
-        return code
-
-    @property
-    def manifest(self) -> dict:
-        return json.loads((self.output / "set.manifest.json").read_text())
-
-    @property
-    def files(self) -> list[str]:
-        return [entry["file"] for entry in self.manifest["files"]]
-
-    def records(self) -> list[list[int]]:
-        return [ids for file in self.files for ids in read_records(self.output / file)]
-
-
 @pytest.fixture
 def run(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return Run(tmp_path, tokenizer_path, capsys)
-
-
-def read_records(path: Path) -> Iterator[list[int]]:
-    for record in tf.compat.v1.io.tf_record_iterator(str(path)):
-        features = tf.train.Example.FromString(record).features.feature
-        assert list(features) == ["text"]
-        yield list(features["text"].int64_list.value)
-
-
-def check_account(manifest: dict) -> None:
-    account = manifest["account"]
-    gone = account["discarded_tokens"] + account["tail"]
-    assert account["tokens"] + account["separators"] == account["written"] + gone
-    assert sum(file["tokens"] for file in manifest["files"]) == account["written"]
-    assert sum(file["records"] for file in manifest["files"]) == manifest["records"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 31])
@@ -212,28 +145,6 @@ def test_a_complete_set_is_left_alone_and_another_one_refused(run: Run):
     assert run() == 2 and "which is not there" in run.err
 
 
-def test_an_interrupted_run_is_done_again(run: Run, monkeypatch: pytest.MonkeyPatch):
-    documents = random_documents(9, seed=2)
-    write_texts(run.input, documents)
-
-    def interrupted(*args):
-        for number, record in enumerate(records(*args)):
-            if number == 5:
-                raise KeyboardInterrupt
-            yield record
-
-    monkeypatch.setattr(create_tfrecords, "records", interrupted)
-    assert run("--files_per", "2") == 130
-    assert run.manifest["complete"] is False
-    left = {path.name for path in run.output.iterdir()}
-    assert left == {"set_0_2.tfrecords", "set_1_2.tfrecords", "set.manifest.json"}
-    monkeypatch.setattr(create_tfrecords, "records", records)
-    assert run("--files_per", "3") == 2 and "made otherwise (files_per 2 there, 3 now)" in run.err
-    assert run("--files_per", "2") == 0
-    assert run.manifest["complete"] is True and len(run.records()) == 9
-    assert {path.name for path in run.output.iterdir()} == {*run.files, "set.manifest.json"}
-
-
 def test_files_without_a_manifest_are_not_touched(run: Run):
     write_texts(run.input, ["hello"])
     run.output.mkdir()
@@ -292,11 +203,14 @@ def test_paths_with_a_scheme_go_through_gfile(run: Run, tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--use_gpt2_tokenizer"], "give one of --encoder_path and --use_gpt2_tokenizer (both are given)"),
+        (["--use_gpt2_tokenizer"], "--tokenizer, and --vocab_file with --merges_file (2 are given)"),
         (["--input_dir", "/nowhere"], "the input /nowhere does not exist"),
         (["--encoder_path", "nowhere.json"], "nowhere.json does not exist"),
         (["--name", "a/b"], "--name a/b: use letters"),
         (["--mode", "chunks", "--separator", "[999]"], "--separator [999]: 999 is no id below 290"),
+        (["--mode", "chunks", "--separator", "end"], '--separator "end" must be token ids in list form'),
+        (["--split", "0:1"], "--split 0:1 must be two or three whole numbers"),
+        (["--split", "1"], "--split 1 must be two or three whole numbers"),
         (["--mode", "chunks"], "fewer than one record of --chunk_size 2048 + 1"),
         (["--minimum_size", "1000"], "each shorter than --minimum_size 1000"),
     ],
@@ -317,9 +231,9 @@ def test_an_input_without_text_is_a_mistake(run: Run):
     assert run() == 2 and "gave 0 documents" in run.err
 
 
-@pytest.mark.parametrize("text", ["0", "[0]", " [ 0 ] "])
-def test_the_separator_may_be_written_with_or_without_brackets(text: str):
-    assert create_tfrecords._token_ids(text) == (0,)
+@pytest.mark.parametrize("given", [["0", "1"], ["[0, 1]"], [" [ 0,1 ] "], ["[0,", "1]"], ["0,1"]])
+def test_the_separator_may_be_written_with_or_without_brackets(encoder: Encoder, given: list[str]):
+    assert tfrecords_job._separator(given, "", encoder) == (0, 1)
 
 
 def test_the_command_runs_from_the_root_and_from_its_folder(run: Run, tokenizer_path: Path):

@@ -265,10 +265,10 @@ def other_options(folder: Path) -> None:
 COMMANDS = {
     "input_dir": tfrecords("--input_dir {dir}/nowhere", "the input {dir}/nowhere does not exist"),
     "empty input_dir": tfrecords("--input_dir {dir}/empty", "the input {dir}/empty has no file to read (it is empty)"),
-    "separator": tfrecords("--separator end", 'argument --separator: "end" must be token ids in list form'),
+    "separator": tfrecords("--mode chunks --separator end", '--separator "end" must be token ids in list form'),
     "separator past the vocabulary": tfrecords("--mode chunks --separator [99]", "--separator [99]: 99 is no id below"),
     "encoder": tfrecords("--encoder_path {dir}/no.json", "the tokenizer {dir}/no.json does not exist"),
-    "no encoder": Case(SET, "give one of --encoder_path and --use_gpt2_tokenizer", main=create_tfrecords.main),
+    "no encoder": Case(SET, "give one of --encoder_path, --use_gpt2_tokenizer", main=create_tfrecords.main),
     "chunk_size": tfrecords("--mode chunks --chunk_size 9999 --processes 1", "--chunk_size 9999 + 1; give a smaller"),
     "other options": tfrecords("--minimum_size 2", "minimum_size 0 there, 2 now", before=other_options),
     "output_dir": tfrecords("--output_dir {dir}/f/o", "the folder {dir}/f/o can't be made (Not a directory)"),

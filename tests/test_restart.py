@@ -1,0 +1,91 @@
+"""data/create_tfrecords.py interrupted: what is done stays done, and the finished set is as if nothing had happened."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import parallel_tokenizer
+from data.parallel_tokenizer import TextTokenizer, TokenBatch
+from data.records import Records
+from data.tfrecord_writer import RecordSetWriter
+from data.train_tokenizer import train_tokenizer
+from tests.tfrecords_run import TEXT, Run, random_documents, write_texts
+
+VOCAB_SIZE = 290
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "byte-level-bpe.tokenizer.json"
+    path.write_text(train_tokenizer([TEXT] * 3, VOCAB_SIZE).to_str())
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tmp_path, tokenizer_path, capsys)
+
+
+def interrupted_at(call: int) -> Callable[[RecordSetWriter, Records], bool]:
+    """`RecordSetWriter.write`, interrupted when it is called for the `call`-th time."""
+    calls = 0
+    write = RecordSetWriter.write
+
+    def interrupted(self: RecordSetWriter, records: Records) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return write(self, records)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("flags", [[], ["--mode", "chunks", "--chunk_size", "7"], ["--split", "3:1:1"]])
+def test_an_interrupted_run_goes_on_behind_its_last_file(run: Run, tmp_path: Path, monkeypatch, flags: list[str]):
+    monkeypatch.setattr(parallel_tokenizer, "_BATCH_CHARACTERS", 100)
+    documents = random_documents(60, seed=2)
+    write_texts(run.input, documents)
+    flags = ["--files_per", "4", "--minimum_size", "9", *flags]
+    whole = tmp_path / "whole"
+    run.output, out = whole, run.output
+    assert run(*flags) == 0
+    run.output = out
+    assert out != whole and not out.exists()
+    read: list[int] = []
+    for at in (20, 12):  # two interruptions, at a batch each
+        with monkeypatch.context() as patch:
+            patch.setattr(RecordSetWriter, "write", interrupted_at(at))
+            assert run(*flags) == 130
+        assert run.manifest["complete"] is False
+        listed = {entry["file"] for part in run.manifest["progress"].values() for entry in part["files"]}
+        assert listed and {path.name for path in out.iterdir()} == {*listed, "set.manifest.json"}
+        assert run(*flags, "--files_per", "3") == 2 and "made otherwise (files_per 4 there, 3 now)" in run.err
+    with monkeypatch.context() as patch:
+        tokenize = TextTokenizer.tokenize
+
+        def counted(self: TextTokenizer, texts: list[str]) -> TokenBatch:
+            read.append(len(texts))
+            return tokenize(self, texts)
+
+        patch.setattr(TextTokenizer, "tokenize", counted)
+        assert run(*flags) == 0
+    assert 0 < sum(read) < len(documents) - 10
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, out)]
+    assert contents[0] == contents[1] and len(contents[0]) > 5
+
+
+def test_an_interrupted_run_of_which_a_file_changed_begins_again(run: Run, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(parallel_tokenizer, "_BATCH_CHARACTERS", 100)
+    write_texts(run.input, random_documents(9, seed=2))
+    assert run("--files_per", "2") == 0
+    whole = {path.name: path.read_bytes() for path in run.output.iterdir()}
+    with monkeypatch.context() as patch:
+        run.output = tmp_path / "again"
+        patch.setattr("data.make_records._results", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("--files_per", "2")
+    (run.output / "set_0_2.tfrecords").write_bytes(b"cut")
+    assert run("--files_per", "2") == 0
+    assert {path.name: path.read_bytes() for path in run.output.iterdir()} == whole
