@@ -289,10 +289,14 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
         "data.gather_python_sources",
     )
     flags = {command: help_of(command, capsys) for command in commands}
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {"--logdir"}
+    flag_pattern = r"(?<![\w-])--[a-z][\w-]*"
+    mentioned = set(re.findall(flag_pattern, README)) - {"--logdir"}
     assert mentioned <= set().union(*flags.values())
-    for command in ("main", "data.create_tfrecords"):
-        assert flags[command] - {"--wikitext-detokenize"} <= mentioned
+    assert flags["main"] <= mentioned
+    described = set(re.findall(flag_pattern, (ROOT / "docs/data.md").read_text()))
+    for command in ("data.create_tfrecords", "data.train_tokenizer"):
+        for flag in flags[command]:
+            assert described & {flag, "--" + flag[2:].replace("-", "_")}
     refused = set()
     for flag in flags["main"]:
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):  # flags that want a value
