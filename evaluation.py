@@ -63,7 +63,8 @@ def summarize_task(task: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of an evaluation task from what the model function's evaluation returned."""
     metrics = {name: float(value) for name, value in found.items() if name not in ("loss", "global_step")}
     counts = {name: int(metrics[name]) for name in ("texts", "tokens")}
-    return _with_null({"task": task, "global_step": int(found["global_step"])} | metrics | counts)
+    about = {"task": task, "global_step": int(found["global_step"]), "time": time.time()}
+    return _with_null(about | metrics | counts)
 
 
 def _with_null(result: dict[str, Any]) -> dict[str, Any]:
