@@ -316,6 +316,8 @@ def serving_outputs(run: Run, features: Features) -> dict[str, tf.Tensor]:
     graph = _Graph(run, {}, *features["inputs"].shape.as_list())
     logits, tokens, lengths = _continue(graph, features, gpt.logits)
     lowering = graph.lower()
+    # whoever loads the graph runs no hook that would copy masters to slices
+    assert all(variable.slice_is_master for variable in lowering.variables.values())
     outputs = {"logits": logits, "tokens": tokens, "length": lengths}
     return {name: lowering.export_to_tf_tensor(value) for name, value in outputs.items()}
 

@@ -76,9 +76,10 @@ def parse(content: str, origin: str) -> list[str]:
 def split_last_words(encoder: Encoder, texts: Sequence[str], eos_id: int) -> list[tuple[list[int], int]]:
     """(token ids, how many at the end are the last word with the space before it) of each text.
 
-    A text of one word is predicted from the end of another text, `eos_id`.
+    A line break before the word is part of what is known. A text of one word is predicted from the end of another text,
+    `eos_id`.
     """
-    contexts = [text[: len(text) - len(text.split()[-1])].rstrip() for text in texts]
+    contexts = [text[: len(text) - len(text.split()[-1])].removesuffix(" ") for text in texts]
     rows = []
     for text, context, whole, before in zip(
         texts, contexts, encoder.encode_batch(texts), encoder.encode_batch(contexts), strict=True

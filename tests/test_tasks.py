@@ -200,6 +200,7 @@ def test_the_last_word_is_what_follows_the_context(tmp_path: Path) -> None:
     over_the_edge = encoder(tmp_path, ("b", "Ġ"))  # a token that holds the context's end and the word's space
     assert over_the_edge.encode("ab cd") == [3, 10, 5, 6]
     assert lambada.split_last_words(over_the_edge, ["ab cd"], EOS) == [(ids("ab cd"), 3)]
+    assert [scored for _, scored in lambada.split_last_words(plain, ["ab\ncd", "ab  cd"], EOS)] == [2, 3]
     with pytest.raises(UserError, match=r'nothing of the last word of "...xyz"'):
         lambada.split_last_words(plain, ["xyz"], EOS)
 
