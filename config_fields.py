@@ -22,6 +22,9 @@ ACTIVATION_NAMES = (
     *("roottanh", "softplusmone"),
 )
 EVAL_TASKS = ("lambada",)
+# Whether a token also goes to its second expert: always, never, where that gate is above the threshold, or with a
+# probability that falls from 1 at the threshold to 0 without a gate.
+SECOND_POLICIES = ("all", "none", "threshold", "random")
 INT32_MAX = 2**31 - 1  # the largest size, token id and seed that TensorFlow's int32 tensors hold
 
 _NEVER_OFF = object()
@@ -155,6 +158,7 @@ OptionalText = Annotated[str | None, _accepts(_if_type(str), "a string", off=Non
 Glob = Annotated[str, _accepts(_if_type(str), "a string", off="")]
 Settings = Annotated[dict[str, Any], _accepts(_if_type(dict), "an object of settings", off={})]
 Size = Annotated[int, _int(1)]
+Experts = Annotated[int, _int(2)]
 OptionalSize = Annotated[int | None, _int(1, off=None)]
 Count = Annotated[int, _int(0, off=0)]
 TokenId = Annotated[int | None, _int(0, off=None)]
@@ -176,6 +180,8 @@ SamplingMode = Annotated[str, _name(SAMPLING_MODES)]
 ModelKind = Annotated[str, _name(("GPT",))]
 LrDecay = Annotated[str, _name(("cosine", "linear"))]
 Optimizer = Annotated[str, _name(("adam", "adafactor"))]
+Gating = Annotated[str, _name(("top_2",))]
+SecondPolicy = Annotated[str, _name(SECOND_POLICIES)]
 Precision = Annotated[str, _name(("float32", "bfloat16"))]
 AttentionTypes = Annotated[tuple[tuple[tuple[str, ...], int], ...], BeforeValidator(_attention_groups)]
 MeshShape = Annotated[str | None, _pairs("[1-9][0-9]*", 'axes and their sizes, each axis once, for example "x:4,y:2"')]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 import config_fields as kind
+from config_moe import MoeParams, check_moe_params
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,16 @@ class ModelConfig(_Schema):
         return self.n_embd // self.n_head
 
     @property
+    def moe(self) -> MoeParams:
+        """The settings of the layers of experts, with the defaults of those that `moe_params` leaves out."""
+        return MoeParams.model_validate(self.moe_params)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is one of experts."""
+        return any(layer < self.n_layer for layer in self.moe_layers)
+
+    @property
     def lr_end_step(self) -> int:
         """The step at which the learning rate's decay ends."""
         return self.lr_decay_end or self.train_steps
@@ -258,6 +269,12 @@ class ModelConfig(_Schema):
         past = [layer for layer in value if layers is not None and layer >= layers]
         if past:
             logger.warning("moe_layers %s: past the last of %s layers, which count from 0; ignored", past, layers)
+        return value
+
+    @field_validator("moe_params")
+    @classmethod
+    def _are_settings_of_the_layer(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_moe_params(value)
         return value
 
     @field_validator("mlm_training")

@@ -11,6 +11,7 @@ import optimizers
 from config import ModelConfig
 from mesh import mtf
 from mesh.devices import LocalDevices, local_mesh, tpu_mesh
+from mesh.experts import with_expert_rules
 from mesh.layout import MeshLayout
 from mesh.randomness import fold_in, make_key
 from models import gpt
@@ -74,10 +75,11 @@ class _Graph:
     def __init__(self, run: Run, params: Mapping[str, Any], batch_size: int, length: int | None = None):
         self.run = run
         self.graph = mtf.Graph()
+        layout = with_expert_rules(run.layout)
         if run.devices is None:
-            self.mesh, self.mesh_impl = tpu_mesh(self.graph, run.layout, params["context"])
+            self.mesh, self.mesh_impl = tpu_mesh(self.graph, layout, params["context"])
         else:
-            self.mesh, self.mesh_impl = local_mesh(self.graph, run.layout, run.devices)
+            self.mesh, self.mesh_impl = local_mesh(self.graph, layout, run.devices)
         self.dims: Dims = make_dims(run.config, batch_size, length)
         self.final_norm = _has_final_norm(run.config)
 
@@ -137,10 +139,14 @@ def _gradients(
     def mean_losses(batch: dict[str, mtf.Tensor], dims: Dims, key: mtf.Tensor) -> dict[str, mtf.Tensor]:
         per_token = gpt.losses(graph.context(dims, dropout_key=key), batch["inputs"], batch["labels"])
         weights = scored(batch["labels"])
-        return {
+        losses = {
             "loss": mtf.reduce_sum(per_token.objective * weights) / num_scored,
             "cross_entropy": mtf.reduce_sum(per_token.cross_entropy * weights) / num_scored,
         }
+        if per_token.auxiliary is not None:
+            losses["auxiliary_loss"] = per_token.auxiliary / count
+            losses["loss"] += losses["auxiliary_loss"]
+        return losses
 
     if count == 1:
         losses = mean_losses(features, dims, key)

@@ -148,14 +148,18 @@ def dropout(x: mtf.Tensor, key: mtf.Tensor, rate: float, name: str) -> mtf.Tenso
 
 
 class StatelessNormal:
-    """Initializer: normal(0, stddev), keyed by (seed, variable name), so that any mesh and order starts alike."""
+    """Initializer: normal(0, stddev), keyed by (seed, variable name), so that any mesh and order starts alike.
 
-    def __init__(self, stddev: float, seed: int, variable_name: str):
+    A `truncated` one draws again what is further than two deviations from 0.
+    """
+
+    def __init__(self, stddev: float, seed: int, variable_name: str, truncated: bool = False):
+        self._draw = tf.random.stateless_truncated_normal if truncated else tf.random.stateless_normal
         self._stddev = stddev
         self._seed = [seed & 0x7FFFFFFF, name_hash(variable_name)]
 
     def __call__(self, shape: Any, dtype: tf.DType = tf.float32, partition_info: Any = None) -> tf.Tensor:
         """`shape` as tf.get_variable passes it; values are drawn in float32 and cast to `dtype`."""
         del partition_info  # part of TensorFlow's initializer signature
-        normal = tf.random.stateless_normal(shape, seed=self._seed, stddev=self._stddev, alg="philox")
+        normal = self._draw(shape, seed=self._seed, stddev=self._stddev, alg="philox")
         return tf.cast(normal, dtype)

@@ -29,6 +29,7 @@ class Context:
     keep_states_until: mtf.Tensor | None = None
     final_norm: bool = True  # False only for a checkpoint that was trained without
     states: dict[str, mtf.Tensor] = field(default_factory=dict)
+    auxiliary: list[mtf.Tensor] = field(default_factory=list)  # losses that layers add in training, float32 scalars
     layer: str = ""  # names draws and states; scopes cannot where layers share their parameters
 
     def in_layer(self, layer: int) -> "Context":

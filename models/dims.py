@@ -54,6 +54,16 @@ def _sizes(config: ModelConfig) -> dict[str, tuple[str, int]]:
     }
 
 
+def _expert_sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """What layers of experts add to the dimensions that a layout may name; they make them themselves."""
+    if not config.has_experts:
+        return {}
+    return {
+        "experts": {"moe_num_experts": config.moe.moe_num_experts},
+        "expert_hidden": {"moe_hidden_size": config.moe.moe_hidden_size},
+    }
+
+
 def layout_sizes(config: ModelConfig, batch_sizes: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """{dimension: {what sets its size: size}} of every dimension a layout may name.
 
@@ -65,6 +75,7 @@ def layout_sizes(config: ModelConfig, batch_sizes: Mapping[str, int]) -> dict[st
         "memory_length": {"n_ctx": config.n_ctx},
         "features_per_head": {"n_embd / n_head": config.head_size},
         **{name: {source: size} for name, (source, size) in _sizes(config).items()},
+        **_expert_sizes(config),
     }
 
 
@@ -80,4 +91,6 @@ TENSORS: tuple[tuple[str, ...], ...] = (
     ("embed_sequence", "embd"),
     ("embd", "heads"),
     ("embd", "intermediate_expanded"),
+    ("experts", "embd", "expert_hidden"),
+    ("batch", "expert_hidden"),
 )

@@ -1,5 +1,7 @@
 """GPT: embeddings, residual blocks, final norm, head."""
 
+from dataclasses import replace
+
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
@@ -29,9 +31,10 @@ def hidden_states(ctx: Context, tokens: mtf.Tensor) -> tuple[mtf.Tensor, Head]:
         x = ctx.dropout(x, config.embed_dropout, "embed_dropout")
         for layer in range(config.n_layer):
             if config.recompute_grad and ctx.dropout_key is not None:
-                x = mtf.recompute_grad(lambda x, layer=layer: block(ctx, x, layer), [x])
+                x, *auxiliary = mtf.recompute_grad(lambda x, layer=layer: block(ctx, x, layer), [x])
             else:
-                x = block(ctx, x, layer)
+                x, *auxiliary = block(ctx, x, layer)
+            ctx.auxiliary.extend(auxiliary)
         if ctx.final_norm:
             x = layer_norm(ctx, x, "ln_f")
         return x, _untied_head(ctx) if config.no_weight_tie else Head(wte)
@@ -55,4 +58,5 @@ def logits(ctx: Context, tokens: mtf.Tensor) -> mtf.Tensor:
 def losses(ctx: Context, tokens: mtf.Tensor, labels: mtf.Tensor) -> TokenLosses:
     """Losses [batch, sequence] of predicting int32 `labels` from int32 `tokens`, both [batch, sequence]."""
     hidden, head = hidden_states(ctx, tokens)
-    return token_losses(ctx, hidden, head, labels)
+    auxiliary = mtf.add_n(ctx.auxiliary) if ctx.auxiliary else None
+    return replace(token_losses(ctx, hidden, head, labels), auxiliary=auxiliary)

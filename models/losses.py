@@ -26,10 +26,11 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses of every position, [batch, sequence] float32, in nats."""
+    """Losses of every position, [batch, sequence] float32, in nats; and the mean loss that layers add in training."""
 
     cross_entropy: mtf.Tensor
     objective: mtf.Tensor  # cross entropy, or entmax loss, + z_loss * log(z)^2
+    auxiliary: mtf.Tensor | None = None  # float32 scalar, where there is any
 
 
 def token_losses(ctx: Context, hidden: mtf.Tensor, head: Head, labels: mtf.Tensor) -> TokenLosses:

@@ -29,8 +29,9 @@ class ReferenceModel:
                 x = x + self._gate(f"{scope}/norm_rezero_1") * self._attention(
                     self._normalize(x, f"{scope}/norm_1"), kind, f"{scope}/attn"
                 )
-            branch = share * self._mlp(self._normalize(x, f"{scope}/norm_2"), f"{scope}/mlp")
-            x = x + self._gate(f"{scope}/norm_rezero_2") * branch
+            normed = self._normalize(x, f"{scope}/norm_2")
+            out = self._experts(normed, scope) if layer in config.moe_layers else self._mlp(normed, f"{scope}/mlp")
+            x = x + self._gate(f"{scope}/norm_rezero_2") * share * out
         x = self._layer_norm(x, "ln_f")
         if config.no_weight_tie:
             head = "wte_final_linear/conv1d_main/linear_out"
@@ -70,15 +71,33 @@ class ReferenceModel:
             return x @ self._get(f"{where}/kernel") + self._get(f"{where}/bias")
 
         def activate(x: np.ndarray) -> np.ndarray:
-            name = self.config.activation_function
-            where = f"{scope}/conv1d_main/activation_{name}"
-            return REFERENCE[name](x, *[self._get(f"{where}/{number}") for number in NUMBERS.get(name, [])])
+            return self._activate(x, self.config.activation_function, f"{scope}/conv1d_main")
 
         hidden = dense(x, "c_fc")
         if self.config.mlp_glu:
             value, gate = np.split(hidden, 2, axis=-1)
             return dense(value * activate(gate), "c_proj")
         return dense(activate(hidden), "c_proj")
+
+    def _activate(self, x: np.ndarray, name: str, scope: str) -> np.ndarray:
+        numbers = [self._get(f"{scope}/activation_{name}/{number}") for number in NUMBERS.get(name, [])]
+        return REFERENCE[name](x, *numbers)
+
+    def _experts(self, x: np.ndarray, scope: str) -> np.ndarray:
+        """Each position through the two experts with the largest gates (arXiv:1701.06538, arXiv:2006.16668)."""
+        policy = self.config.moe_params.get("moe_second_policy_eval", "random")
+        least = {"random": 0, "all": 0, "none": 2, "threshold": self.config.moe_params.get("moe_second_threshold_eval")}
+        wi, wo = self._get(f"{scope}/wi/kernel"), self._get(f"{scope}/wo/kernel")
+        out = np.zeros_like(x)
+        for i, row in enumerate(x):
+            gates = _softmax(row @ self._get(f"{scope}/top_2_gating/kernel"))
+            first, second = np.argsort(-gates)[:2]
+            shares = gates[[first, second]] / gates[[first, second]].sum()
+            for expert, share in zip((first, second), shares, strict=True):
+                if expert == first or share > least[policy]:
+                    hidden = self._activate(row @ wi[expert], self.config.moe_activation, f"{scope}/wi")
+                    out[i] += share * (hidden @ wo[expert])
+        return out
 
     def _attention(self, x: np.ndarray, kind: str, scope: str) -> np.ndarray:
         heads, size = self.config.n_head, self.config.head_size

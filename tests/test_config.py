@@ -108,9 +108,6 @@ def test_all_mistakes_are_reported_together() -> None:
 
 
 ASKING_FOR_UNBUILT = [
-    ("moe_layers", [2], "it must be an empty list"),
-    ("moe_params", {"moe_dropout_rate": 0.0}, "leave it out"),
-    ("moe_activation", "gelu", "leave it out"),
     ("opt_name", "adafactor", 'it must be "adam"'),
     ("precision", "bfloat16", 'it must be "float32"'),
     ("log_grads", True, "it must be false"),
@@ -132,7 +129,7 @@ def test_what_is_not_built_is_refused(key: str, value: Any, what: str) -> None:
 def test_unbuilt_features_that_are_off_are_accepted() -> None:
     off: dict[str, Any] = {key: False for key, _, _ in NOT_BUILT if isinstance(getattr(make(), key), bool)}
     assert set(off) == {"mlm_training", "log_grads"}
-    off |= {"moe_layers": [], "moe_params": {}, "eval_tasks": [], "moe_activation": "relu"}
+    off |= {"eval_tasks": []}
     assert make_model_config(BASE | off, "test").mlm_training is False
 
 

@@ -156,6 +156,17 @@ def test_accepted_values(key: str, value: Any, kept: Any) -> None:
         ("eval_tasks", "lambada", 'it must be a list of evaluation tasks, from "lambada"'),
         ("moe_layers", [-1], "it must be a list of layer numbers, counted from 0"),
         ("moe_params", [], "it must be an object of settings"),
+        (
+            "moe_params",
+            {"num_experts": 3},
+            'there is no setting "num_experts" (its value is 3); did you mean "moe_num_experts"?',
+        ),
+        (
+            "moe_params",
+            {"moe_gating": "switch", "moe_num_experts": 1},
+            'its moe_gating is "switch": it must be "top_2"; its moe_num_experts is 1: it must be a whole number of at '
+            "least 2",
+        ),
         ("mlm_mask_ignore_ids", [True], "it must be a list of token ids, whole numbers of at least 0"),
         ("eos_id", 64, "it must be below n_vocab 64"),
         ("mlm_mask_id", 64, "it must be below n_vocab 64"),

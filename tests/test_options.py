@@ -25,6 +25,10 @@ def layers(*names: str) -> dict[str, Any]:
     return {"attention_types": [[list(names), 1]], "n_layer": len(names)}
 
 
+def experts(count: int, *moe_layers: int, **settings: Any) -> dict[str, Any]:
+    return {"moe_layers": moe_layers, "moe_params": {"moe_num_experts": count, "moe_hidden_size": 10, **settings}}
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": layers("global"),
     "local": layers("global", "local") | {"local_attention_radius": 3},
@@ -55,6 +59,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shared + linear": layers("linear", "global") | {"share_parameters": True},
     "untied + none": layers("none", "global") | {"no_weight_tie": True},
     "untied + entmax": layers("global") | {"no_weight_tie": True, "entmax_loss": True},
+    "moe + none": layers("global", "none") | experts(4, 1),
+    "moe + macaron + shared": layers("none", "local")
+    | experts(3, 0, 1, moe_second_policy_eval="none")
+    | {"macaron": True, "share_parameters": True},
+    "moe + rezero + glu": layers("linear", "none")
+    | experts(5, 1, moe_second_policy_eval="threshold", moe_second_threshold_eval=0.3)
+    | {"rezero": True, "mlp_glu": True, "moe_activation": "prelu"},
 }
 
 
@@ -193,6 +204,12 @@ NAMES: dict[str, dict[str, tuple[int, ...]]] = {
     "shared": {"/attn/q": (EMBD, EMBD), "/norm_1/g": (EMBD,), "/mlp/conv1d_main/c_fc/bias": (48,)},
     "prelu": {"h0/mlp/conv1d_main/activation_prelu/slope": ()},
     "psoftplus + shared": {f"/mlp/conv1d_main/activation_psoftplus/{number}": () for number in "abc"},
+    "moe + none": {
+        "h0/mlp/conv1d_main/c_fc/kernel": (EMBD, 48),
+        "h1/top_2_gating/kernel": (EMBD, 4),
+        "h1/wi/kernel": (4, EMBD, 10),
+        "h1/wo/kernel": (4, 10, EMBD),
+    },
     "untied": {
         "wte_final_linear/conv1d_main/linear_out/kernel": (EMBD, VOCAB),
         "wte_final_linear/conv1d_main/linear_out/bias": (VOCAB,),
@@ -202,6 +219,7 @@ ABSENT = {
     "none": r"h1/(attn|norm_1)/",
     "axial": r"/wpe$",
     "rotary": r"/wpe$",
+    "moe + none": r"h1/(mlp|(top_2_gating|wi|wo)/bias)",
     "scalenorm": r"norm_\d/b$",
     "rezero": r"norm_\d/",
     "shared": r"/h\d",

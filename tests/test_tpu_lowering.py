@@ -17,6 +17,14 @@ from tests.tiny import random_tokens, tiny_config
 from training.hooks import StopOnSignal
 
 CORES = 8
+EXPERTS = {
+    "n_layer": 1,
+    "attention_types": [[["global"], 1]],
+    "moe_layers": [0],
+    "moe_params": {"moe_num_experts": 4, "moe_hidden_size": 8, "moe_dropout_rate": 0.1},
+    "recompute_grad": True,
+    "tokens_per_mb_per_replica": 8,
+}
 
 
 def tpu_context() -> types.SimpleNamespace:
@@ -49,14 +57,17 @@ def lower(model_fn: Callable, mode: str, features: dict[str, np.ndarray], pick: 
 
 
 @pytest.mark.parametrize(
-    ("layout", "entmax"),
-    [("batch:x,heads:y,vocab:y,intermediate_expanded:y", True), ("batch:x,memory_length:y,embd:y", False)],
+    ("layout", "changes"),
+    [
+        ("batch:x,heads:y,vocab:y,intermediate_expanded:y", {"entmax_loss": True}),
+        ("batch:x,memory_length:y,embd:y", {}),
+        ("batch:x,experts:x,heads:y", EXPERTS),
+    ],
 )
-def test_every_action_lowers_for_a_tpu(tmp_path: Path, layout: str, entmax: bool) -> None:
+def test_every_action_lowers_for_a_tpu(tmp_path: Path, layout: str, changes: dict[str, Any]) -> None:
     dropout = {"embed_dropout": 0.1, "res_dropout": 0.1, "attn_dropout": 0.1}
-    changes = {"train_batch_size": 8, "entmax_loss": entmax, "model_path": str(tmp_path / "model"), **dropout}
-    config = tiny_config(tmp_path, **changes)
-    sampling = Sampling(entmax=entmax)
+    config = tiny_config(tmp_path, train_batch_size=8, model_path=str(tmp_path / "model"), **dropout, **changes)
+    sampling = Sampling(entmax=config.entmax_loss)
     run = Run(config, parse("x:4,y:2", layout, CORES), None, 100, 0, sampling, StopOnSignal())
     model_fn = make_model_fn(run)
     tokens = {"inputs": random_tokens(8, 8), "labels": random_tokens(8, 8, seed=1)}
@@ -64,7 +75,8 @@ def test_every_action_lowers_for_a_tpu(tmp_path: Path, layout: str, entmax: bool
     train = lower(model_fn, "train", tokens, lambda spec: [spec.loss, spec.train_op])
     operations = {node.op for node in train.node}
     assert {"TPUReplicate", "TPUReplicateMetadata"} & operations
-    assert "CrossReplicaSum" in operations  # the collective of both layouts
+    assert "CrossReplicaSum" in operations  # the collective of every layout
+    assert ("AllToAll" in operations) == ("experts" in layout)  # tokens go to the experts and come back
     assert not {"Gather", "GatherV2"} & {n.op for n in train.node if "embedding_lookup" in n.name}  # one-hot there
 
     scored = {"weights": np.ones([8, 8], np.float32), "label_bytes": np.ones([8, 8], np.int32)}
