@@ -37,6 +37,8 @@ def own_options() -> argparse.ArgumentParser:
     tracking.add_argument(
         "--record_dir", default="runs/sacred", metavar="DIR", help="records without a MongoDB; default runs/sacred"
     )
+    tracking.add_argument("--no_tensorboard", action="store_true", help="start no TensorBoard beside the training")
+    tracking.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too (needs its package)")
     care = parser.add_argument_group("supervision")
     seconds: dict[str, Any] = {"type": _seconds, "metavar": "SECONDS"}
     care.add_argument(

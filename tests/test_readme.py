@@ -38,6 +38,7 @@ HANDLING = (
     (r"tensorboard --logdir \S+", "viewer"),
     (r"python main\.py .*(--tpu |GPU:\d).*", "parsed"),  # needs a TPU or GPUs
     (r"python data/create_tfrecords\.py .*--use_gpt2_tokenizer", "parsed"),  # needs the model hub
+    (r"python -m tracking\.plots .*", "run"),
     (r"python (main|run_experiment|summarize|data/\w+)\.py .*", "run"),
 )
 # What a command that is run prints, by a part of it.
@@ -50,6 +51,7 @@ PRINTED = (
     ("--json", r'^{"prompt": "Once", "continuation": .*, "new_tokens": \d+}\n{"prompt": "upon"'),
     ("--predict", r"^======== 1: \d+ new tokens ========\ndef read_lines"),
     ("summarize.py", r"trained: 20 steps[\s\S]* unigram model: [\s\S]* perplexity: [\s\S]* bits per byte: \d"),
+    ("tracking.plots", r"^runs/curves\.png\n$"),
     (".py", "^$"),  # training reports on standard error
 )
 ADDED = {"data/gather_python_sources.py": "--limit_mb 0.3"}
@@ -287,6 +289,7 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
         "data.create_tfrecords",
         "data.train_tokenizer",
         "data.gather_python_sources",
+        "tracking.plots",
     )
     flags = {command: help_of(command, capsys) for command in commands}
     flag_pattern = r"(?<![\w-])--[a-z][\w-]*"
@@ -297,6 +300,8 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("data.create_tfrecords", "data.train_tokenizer"):
         for flag in flags[command]:
             assert described & {flag, "--" + flag[2:].replace("-", "_")}
+    tracking = (ROOT / "docs/tracking.md").read_text()
+    assert set(first_cells(tracking.split("## What is recorded")[0])) == flags["run_experiment"] - flags["main"]
     refused = set()
     for flag in flags["main"]:
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):  # flags that want a value
@@ -338,14 +343,18 @@ def test_link(document: Path, target: str) -> None:
 
 
 def run_script(command: str) -> dict[str, Any]:
-    """Run `python SCRIPT ...` in this process: its exit code and what it printed."""
+    """Run `python SCRIPT ...` or `python -m MODULE ...` in this process: its exit code and what it printed."""
     _, script, *argv = shlex.split(command)
+    module = argv.pop(0) if script == "-m" else None
     sys.argv = [script, *argv, *ADDED.get(script, "").split()]
-    sys.path[0] = str(Path(script).resolve().parent)
+    sys.path[0] = os.getcwd() if module else str(Path(script).resolve().parent)
     code: Any = 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            runpy.run_path(script, run_name="__main__")
+            if module:
+                runpy.run_module(module, run_name="__main__")
+            else:
+                runpy.run_path(script, run_name="__main__")
         except SystemExit as error:
             code = error.code
         except BaseException:

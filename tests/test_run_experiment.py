@@ -1,11 +1,15 @@
 """run_experiment.py on a real server: one run that is killed and cut off on its way, and what its record holds."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +17,8 @@ from typing import Any
 
 import gridfs
 import pytest
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
 
 from config import config_to_json, load_model_config
 from tests.mongo_server import MongoServer
@@ -70,6 +76,31 @@ def read_metrics(run: Workspace) -> str:
     return (run.model_path / "metrics.jsonl").read_text()
 
 
+def ask_tensorboard(process: subprocess.Popen[str], run: Workspace) -> dict[str, Any]:
+    """What the TensorBoard of a run says of the losses it knows, where it listens, and its process."""
+    give_up = time.monotonic() + 120
+    while not (found := re.search(r"TensorBoard: http://127\.0\.0\.1:(\d+)/", output(run))):
+        assert process.poll() is None and time.monotonic() < give_up, output(run)
+        time.sleep(0.1)
+    url = f"http://127.0.0.1:{found[1]}/data/plugin/scalars/scalars?tag=loss&run=."
+    scalars: list[list[float]] = []
+    while len(scalars) < CHECKPOINT:  # it reads what is new every few seconds
+        assert process.poll() is None and time.monotonic() < give_up, output(run)
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(url, timeout=30) as answer:
+            scalars = json.load(answer)
+        time.sleep(0.5)
+    (pid,) = (pid for pid, line in children(process.pid).items() if "tensorboard.main" in line)
+    return {"scalars": scalars, "listens": listening_addresses(int(found[1])), "pid": pid}
+
+
+def listening_addresses(port: int) -> list[str]:
+    """The local addresses on which something listens at a port, as /proc/net writes them."""
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return [words[1].partition(":")[0] for words in lines if words[1].endswith(f":{port:04X}") and words[3] == "0A"]
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongoServer]:
     server = MongoServer(tmp_path_factory.mktemp("mongodb"))
@@ -86,33 +117,37 @@ class Tracked:
     metrics: dict[str, dict[str, Any]]
     files: gridfs.GridFS
     first_try: list[dict[str, float]]
+    tensorboard: dict[str, Any]
 
 
 def read(server: MongoServer, run: Workspace, **query: Any) -> Tracked:
     database = server.client().sacred
     (document,) = database.runs.find(query)
     metrics = {metric["name"]: metric for metric in database.metrics.find({"run_id": document["_id"]})}
-    return Tracked(run, document, metrics, gridfs.GridFS(database), [])
+    return Tracked(run, document, metrics, gridfs.GridFS(database), [], {})
 
 
 @pytest.fixture(scope="module")
 def tracked(server: MongoServer, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """A run with evaluations and predictions whose main.py was killed between two checkpoints, when the server went
-    away for a while."""
+    """A run with evaluations, predictions, TensorBoard and W&B, whose main.py was killed between two checkpoints, when
+    the server went away for a while."""
     changes = {"train_steps": STEPS, "eval_steps": 2, "eval_batch_size": 2, "predict_steps": 1, "predict_max_steps": 3}
     run = make_workspace(tmp_path_factory.mktemp("run"), changes, {}, (1, "chunks"))
-    flags = ("--steps_per_checkpoint", str(CHECKPOINT), "--set", "lr=0.005", "--experiment_name", "tiny")
-    process = start(run, *flags, "--retry_wait", "0.1", SACRED_MONGO_URI=server.uri)
+    flags = ["--steps_per_checkpoint", str(CHECKPOINT), "--set", "lr=0.005", "--experiment_name", "tiny"]
+    flags += ["--retry_wait", "0.1", "--wandb", "tiny-project", "--record_dir", str(run.directory / "records")]
+    process = start(run, *flags, SACRED_MONGO_URI=server.uri, WANDB_MODE="offline", WANDB_ERROR_REPORTING="false")
     wait_for_step(run, CHECKPOINT + 1, process)
     os.kill(main_of(process), signal.SIGKILL)
     time.sleep(3.0)  # what was written before is read, and on its way to the server
     first_try = [json.loads(line) for line in read_metrics(run).splitlines() if line.endswith("}")]
     server.stop()
-    time.sleep(OUTAGE)
+    away = time.monotonic()
+    board = ask_tensorboard(process, run)
+    time.sleep(max(0.0, OUTAGE - (time.monotonic() - away)))
     server.start()
     assert process.wait(300) == 0, output(run)
     result = read(server, run, **{"experiment.name": "tiny"})
-    result.first_try = first_try
+    result.first_try, result.tensorboard = first_try, board
     return result
 
 
@@ -169,9 +204,38 @@ def test_the_files_are_recorded(tracked: Tracked) -> None:
         assert tracked.files.get(sources[name]).read() == (ROOT / name).read_bytes()
 
 
+def test_tensorboard_has_the_curves_and_ends_with_the_run(tracked: Tracked) -> None:
+    board = tracked.tensorboard
+    assert board["listens"] == ["0100007F"]  # 127.0.0.1
+    points = {int(step): value for _, step, value in board["scalars"]}
+    losses = dict(zip(tracked.metrics["loss"]["steps"], tracked.metrics["loss"]["values"], strict=True))
+    assert set(range(1, CHECKPOINT + 1)) <= set(points)
+    assert all(value == pytest.approx(losses[step], rel=1e-6) for step, value in points.items())
+    assert not Path(f"/proc/{board['pid']}").exists()
+
+
+def test_wandb_has_the_same_metrics(tracked: Tracked) -> None:
+    (path,) = (tracked.run.directory / "records" / "wandb").glob("offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    history: dict[str, dict[int, float]] = {}
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            assert (record.run.project, record.run.display_name) == ("tiny-project", "tiny")
+            config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            assert config["lr"] == 0.005
+        row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for name in set(row) - {"_step", "_runtime", "_timestamp", "global_step"}:
+            history.setdefault(name, {})[row["global_step"]] = row[name]
+    expected = {name: dict(zip(m["steps"], m["values"], strict=True)) for name, m in tracked.metrics.items()}
+    assert history == expected
+
+
 def test_a_signal_stops_the_run_with_a_checkpoint_and_no_orphan(server: MongoServer, tmp_path: Path) -> None:
     run = make_workspace(tmp_path, {"train_steps": 90_000}, {}, (1, "chunks"))
-    process = start(run, "--experiment_name", "stopped", SACRED_MONGO_URI=server.uri)
+    process = start(run, "--experiment_name", "stopped", "--no_tensorboard", SACRED_MONGO_URI=server.uri)
     wait_for_step(run, 5, process)
     started = children(process.pid)
     assert any("/main.py " in line for line in started.values())
@@ -188,7 +252,15 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_no_orphan(server: MongoSer
 
 def test_a_mistake_is_a_failed_run_with_its_sentence_and_no_second_try(server: MongoServer, tmp_path: Path) -> None:
     run = make_workspace(tmp_path, {}, {"path": str(tmp_path / "nothing_*")}, (1, "chunks"))
-    process = start(run, "--experiment_name", "mistaken", "--mongo_uri", server.uri, SACRED_MONGO_URI="mongodb://wrong")
+    process = start(
+        run,
+        "--experiment_name",
+        "mistaken",
+        "--no_tensorboard",
+        "--mongo_uri",
+        server.uri,
+        SACRED_MONGO_URI="mongodb://wrong",
+    )
     assert process.wait(120) == 2, output(run)
     document = read(server, run, **{"experiment.name": "mistaken"}).document
     assert document["status"] == "FAILED"
@@ -210,7 +282,15 @@ def test_a_wrong_password_is_a_sentence_at_once(server: MongoServer, tmp_path: P
 
 def test_without_a_server_the_record_is_in_files(tmp_path: Path) -> None:
     run = make_workspace(tmp_path, {"train_steps": 3}, {}, (1, "chunks"))
-    flags = ("--mongo_uri", "", "--record_dir", str(tmp_path / "records"), "--experiment_name", "bare")
+    flags = (
+        "--mongo_uri",
+        "",
+        "--record_dir",
+        str(tmp_path / "records"),
+        "--experiment_name",
+        "bare",
+        "--no_tensorboard",
+    )
     process = start(run, *flags)
     assert process.wait(120) == 0, output(run)
     assert f"recording in files under {tmp_path}/records" in output(run)

@@ -1,6 +1,7 @@
 """One experiment: main.py under supervision, and all it writes in a record."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -22,10 +23,13 @@ from tracking.metrics_tail import MetricsTail
 from tracking.processes import Signals
 from tracking.recording import record
 from tracking.supervisor import MISTAKE, Limits, Supervisor
+from tracking.tensorboard import TensorBoard
 from tracking.transcript import Transcript
+from tracking.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 
+_OTHER_ACTIONS = ("eval", "predict", "check_dataset", "export", "auto_layout", "auto_layout_and_mesh_shape")
 _MAIN = str(Path(__file__).resolve().parent.parent / "main.py")
 
 
@@ -46,6 +50,7 @@ class Experiment:
         self._forwarded = forwarded
         self._signals = signals
         self._transcript = transcript
+        self._wandb: WandbSink | None = None
         self._since = time.time()
         self._begun = False
         self._checkpoint = os.path.join(config.model_path, "checkpoint")
@@ -55,10 +60,16 @@ class Experiment:
         """Run main.py and record it; `argv` is the whole command line. Raises Interrupted or MainFailed."""
         args = self._args
         meta = {"command_line": provenance.command_line(argv), "arguments": provenance.arguments(args)}
-        with tempfile.TemporaryDirectory(prefix="run_experiment_") as copies:
+        name = args.experiment_name or self._config.name
+        if args.wandb:
+            self._wandb = WandbSink(args.wandb, name, self._config, args.record_dir)
+        with contextlib.ExitStack() as stack:
+            copies = stack.enter_context(tempfile.TemporaryDirectory(prefix="run_experiment_"))
+            if self._trains() and not args.no_tensorboard:
+                stack.enter_context(TensorBoard(self._config.model_path))
             try:
                 record(
-                    args.experiment_name or self._config.name,
+                    name,
                     self._config,
                     observer,
                     self._transcript,
@@ -92,6 +103,8 @@ class Experiment:
             points = tail.read()
             for point in points:
                 run.log_scalar(point.name, point.value, point.step)
+            if self._wandb is not None:
+                self._wandb.log(points)
             latest.update((point.name, point.value) for point in points)
             if "devices" not in run.info and (found := provenance.used_devices(self._transcript.text())):
                 run.info["devices"] = found
@@ -101,12 +114,16 @@ class Experiment:
         command = [sys.executable, _MAIN, *self._forwarded]
         # main.py names its result files by the run's id
         own_id = [] if args.sacred_id else ["--sacred_id", sacred_id]
+        code = 1
         try:
             supervisor.run([*command, *own_id], [*resuming(command), *own_id], self._may_resume)
+            code = 0
         finally:
             if supervisor.restarts:
                 run.info["restarts"] = supervisor.restarts
             undisturbed(artifacts.record_config)()
+            if self._wandb is not None:
+                self._wandb.finish(code)
         return latest
 
     def _supervisor(self, watch: Callable[[], bool]) -> Supervisor:
@@ -121,6 +138,9 @@ class Experiment:
         # --check_dataset says with exit code 1 that the datasets do not fit; anything else would be a crash
         final = (MISTAKE, 1) if args.check_dataset else (MISTAKE,)
         return Supervisor(limits, self._signals, self._transcript, watch, final, args.recreate_command)
+
+    def _trains(self) -> bool:
+        return not any(getattr(self._args, action) for action in _OTHER_ACTIONS)
 
     def _may_resume(self) -> bool:
         """Whether what is in model_path is of this run: --new is not sent twice, and might not have come to delete."""
