@@ -3,7 +3,7 @@
     python data/create_tfrecords.py --mode documents --input_dir texts --name train --output_dir tfrecords
         --encoder_path tokenizer/byte-level-bpe.tokenizer.json --minimum_size 100
 
-Reads every file below --input_dir whose format it knows (data/readers.py), in the order of their names, and writes
+Reads every file below --input_dir whose format it knows (data/readers/), in the order of their names, and writes
 NAME_<i>_<records>.tfrecords and NAME.manifest.json. What it writes does not depend on --processes, nor on how often it
 was interrupted and started again.
 """

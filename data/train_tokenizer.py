@@ -2,7 +2,7 @@
 
     python data/train_tokenizer.py --base_dir texts --output_dir tokenizer --vocab_size 32768
 
-Reads every file below --base_dir whose format it knows (data/readers.py) and writes byte-level-bpe.tokenizer.json.
+Reads every file below --base_dir whose format it knows (data/readers/) and writes byte-level-bpe.tokenizer.json.
 Any text can be encoded with it and comes back exactly: its alphabet is the 256 bytes, and nothing is normalised.
 """
 

@@ -4,17 +4,22 @@ import gzip
 import io
 import json
 import lzma
+import random
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import lm_dataformat
+import pyarrow
 import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from data.input_files import find_files, read_documents
 from data.readers import FORMATS, ReadOptions
@@ -68,6 +73,12 @@ def dat(documents: list[str]) -> bytes:
     return b"".join(b"%016d" % len(text.encode()) + text.encode() for text in documents)
 
 
+def parquet_table(**columns: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer, row_group_size=3)
+    return buffer.getvalue()
+
+
 ENCODED: dict[str, Callable[[list[str]], bytes]] = {
     ".jsonl": json_lines,
     ".jsonl.gz": lambda documents: gzip.compress(json_lines(documents)),
@@ -83,6 +94,7 @@ ENCODED: dict[str, Callable[[list[str]], bytes]] = {
     ".tar.zst": lambda documents: zst(tar(documents, "w")),
     ".xz": lambda documents: tar(documents, "w:xz"),
     ".zip": zipped,
+    ".parquet": lambda documents: parquet_table(text=documents),
 }
 
 
@@ -152,7 +164,7 @@ def test_json_documents(tmp_path: Path):
     assert read(tmp_path, json_key="content")[0] == ["bare", "no text"]
 
 
-@pytest.mark.parametrize("suffix", sorted(set(ENCODED) - {".jsonl", ".zip", ".tar"}))
+@pytest.mark.parametrize("suffix", sorted(set(ENCODED) - {".jsonl", ".tar"}))
 def test_a_file_that_is_cut_off_is_named_and_its_beginning_kept(tmp_path: Path, suffix: str):
     documents = [f"document {number}" for number in range(3)]
     content = ENCODED[suffix](documents)
@@ -160,6 +172,55 @@ def test_a_file_that_is_cut_off_is_named_and_its_beginning_kept(tmp_path: Path, 
     found, problems = read(tmp_path)
     assert found == documents[: len(found)]
     assert problems and all(problem.startswith(f"data{suffix}") for problem in problems)
+
+
+@pytest.mark.parametrize("suffix", sorted(ENCODED))
+def test_whatever_is_damaged_the_other_files_are_read(tmp_path: Path, suffix: str):
+    """Bytes changed, put in or taken out, at random, or those of another format altogether."""
+    draw = random.Random(suffix)
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "z.txt").write_text("last")
+    whole = ENCODED[suffix](DOCUMENTS)
+    for _ in range(12):
+        content = bytearray(whole)
+        start = draw.randrange(len(content))
+        content[start : start + draw.randrange(9)] = draw.randbytes(draw.randrange(9))
+        (tmp_path / f"damaged{suffix}").write_bytes(content)
+        documents, problems = read(tmp_path)
+        assert documents[0] == "first" and documents[-1] == "last"
+        assert all("\n" not in problem and problem.startswith(f"damaged{suffix}") for problem in problems)
+    for foreign in (ENCODED[other](DOCUMENTS) for other in sorted(ENCODED) if "json" not in other):
+        if foreign[:4] != whole[:4]:
+            (tmp_path / f"damaged{suffix}").write_bytes(foreign)
+            documents, problems = read(tmp_path)
+            assert documents[0] == "first" and documents[-1] == "last" and problems
+
+
+def test_a_size_beyond_any_memory_is_damage(tmp_path: Path):
+    (tmp_path / "a.dat.zst").write_bytes(zst(b"9" * 16 + b"text"))
+    assert read(tmp_path) == ([], ["a.dat.zst: document 1 is cut off"])
+
+
+def test_parquet_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    columns: dict[str, list[Any]] = {
+        "text": ["a", None, "b"],
+        "bytes": [b"c", b"\xff", b"d"],
+        "parts": [["e", "f"], [], ["g"]],
+    }
+    (tmp_path / "a.parquet").write_bytes(parquet_table(**columns))
+    assert read(tmp_path) == (["a", "b"], ["a.parquet, row 2: its text is null, not a string"])
+    assert read(tmp_path, json_key="bytes") == (["c", "d"], ["a.parquet, row 2: not UTF-8 text (byte 0)"])
+    assert read(tmp_path, json_key="parts") == (["e\n\nf", "", "g"], [])
+    assert read(tmp_path, json_key="x") == ([], ['a.parquet: no column "x" (it has bytes, parts, text)'])
+    (tmp_path / "b.zip").write_bytes(b"")  # in an archive, too
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("inner.parquet", parquet_table(text=["h"]))
+    assert read(tmp_path / "b.zip") == (["h"], [])
+    remote, _ = find_files(f"file://{tmp_path}/a.parquet")  # opened by tf.io.gfile, as gs:// is
+    assert list(read_documents(remote, ReadOptions(lambda *_: None))) == ["a", "b"]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"a.parquet is a Parquet file, and pyarrow, .* `pip install pyarrow`"):
+        read(tmp_path)
 
 
 def test_all_frames_of_a_zstandard_file_are_read(tmp_path: Path):

@@ -1,5 +1,11 @@
 """data/create_tfrecords.py interrupted: what is done stays done, and the finished set is as if nothing had happened."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +18,7 @@ from data.tfrecord_writer import RecordSetWriter
 from data.train_tokenizer import train_tokenizer
 from tests.tfrecords_run import TEXT, Run, random_documents, write_texts
 
+ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 290
 
 
@@ -89,3 +96,62 @@ def test_an_interrupted_run_of_which_a_file_changed_begins_again(run: Run, tmp_p
     (run.output / "set_0_2.tfrecords").write_bytes(b"cut")
     assert run("--files_per", "2") == 0
     assert {path.name: path.read_bytes() for path in run.output.iterdir()} == whole
+
+
+def write_lines(folder: Path, documents: list[str]) -> None:
+    """Three files of JSON lines."""
+    folder.mkdir()
+    for number in range(3):
+        lines = (json.dumps({"text": text}) + "\n" for text in documents[number::3])
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--mode", "chunks", "--chunk_size", "64"], ["--split", "5:4:1"]])
+def test_killed_at_any_moment_it_goes_on_to_the_same_files(tmp_path: Path, tokenizer_path: Path, flags: list[str]):
+    write_lines(tmp_path / "in", random_documents(4000, seed=1))
+    arguments = ["5", "1", str(tmp_path), "--input_dir", str(tmp_path / "in"), "--encoder_path", str(tokenizer_path)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.killed_runs",
+            *arguments,
+            "--files_per",
+            "300",
+            "--no-ftfy",
+            "--processes",
+            "1",
+            *flags,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *kills, result = map(json.loads, done.stdout.splitlines())
+    assert len(kills) == 5 and any(name.endswith("_300.tfrecords") for kill in kills for name in kill["left"])
+    assert result == {"tensorflow": False, "same": [True] * len(result["same"])} and result["same"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, tokenizer_path: Path, run: Run):
+    documents = random_documents(20_000, seed=2)
+    write_lines(tmp_path / "in", documents)
+    flags = ["--files_per", "2000", "--no-ftfy"]
+    arguments = ["--input_dir", run.input, "--output_dir", run.output, "--name", "set", "--processes", "2"]
+    command = [sys.executable, "data/create_tfrecords.py", *map(str, arguments), *run.flags, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    give_up = time.monotonic() + 100
+    while not (run.output / "set_0_2000.tfrecords").exists():
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(workers) >= 2
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    assert run(*flags, processes=1) == 0
+    assert len(run.records()) == len(documents)
