@@ -62,7 +62,10 @@ class MtfSession:
             lowering = mtf.Lowering(graph, {mesh: mesh_impl}, autostack=False)
             fetches = tf.nest.map_structure(lowering.export_to_tf_tensor, exported)
             restore = lowering.copy_masters_to_slices()
-            with tf.Session(config=self.devices.session_config()) as session:
+            settings = self.devices.session_config()
+            # optimizing the graph takes longer than running it once
+            settings.graph_options.rewrite_options.disable_meta_optimizer = True
+            with tf.Session(config=settings) as session:
                 session.run(tf.global_variables_initializer())
                 for variable in tf.global_variables():
                     if weights and variable.op.name in weights:
