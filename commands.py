@@ -239,6 +239,7 @@ def _task_texts(job: Job) -> dict[str, tasks.Texts]:
 
 def predict(args: argparse.Namespace, config: ModelConfig) -> int:
     """Continue the prompts with the last checkpoint."""
+    _require_left_to_right(config, "--predict")
     with StopOnSignal() as stop:
         job = prepare(args, config, stop, [])
         _require_checkpoint(config)
@@ -249,6 +250,7 @@ def predict(args: argparse.Namespace, config: ModelConfig) -> int:
 
 def export(args: argparse.Namespace, config: ModelConfig) -> int:
     """Write the last checkpoint as a SavedModel, built on the CPU whatever the devices, since it is for any."""
+    _require_left_to_right(config, "--export")
     with StopOnSignal() as stop:
         step = _require_checkpoint(config)
         path = os.path.join(config.model_path, serving.FOLDER, str(step))
@@ -304,6 +306,15 @@ def _predict(job: Job) -> None:
         rows = job.estimator().predict(input_fn, yield_single_examples=True)
         prediction.write(output, sys.stdout, prompts, encoded, rows, encoder, as_json=args.json)
     logger.info("written to %s", output)
+
+
+def _require_left_to_right(config: ModelConfig, flag: str) -> None:
+    """UserError for a model that continues no text."""
+    if config.mlm_training:
+        raise UserError(
+            f"mlm_training is true, and a masked model fills gaps and continues no text; {flag} needs a model trained "
+            "without it (--eval measures this one)"
+        )
 
 
 def _require_checkpoint(config: ModelConfig) -> int:

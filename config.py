@@ -39,7 +39,6 @@ ALIASES = {"n_heads": "n_head", "activation_fn": "activation_function", "axial_p
 # (key, whether its value asks for what is not built, what would work): a feature that lands deletes its row.
 # Values are valid JSON values, not null; those of `datasets` are resolved to DatasetSource.
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("mlm_training", bool, "it must be false"),
     ("opt_name", lambda name: name == "adafactor", 'it must be "adam"'),
     ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),
     ("log_grads", bool, "it must be false"),

@@ -286,6 +286,15 @@ class ModelConfig(_Schema):
             raise ValueError("it needs mlm_mask_id, the id that the tokenizer reserves for its mask")
         if info.data.get("mlm_mask_prob") == 0:
             raise ValueError("it needs an mlm_mask_prob above 0")
+        if info.data.get("mlm_cls_token_id") is not None:
+            if info.data["mlm_cls_token_id"] == info.data.get("mlm_mask_id"):
+                raise ValueError("it needs an mlm_cls_token_id other than mlm_mask_id")
+            if info.data.get("n_ctx") == 1:
+                raise ValueError("mlm_cls_token_id leaves no room for text where n_ctx is 1; n_ctx 2 would work")
+        if info.data.get("predict_steps"):
+            raise ValueError("predict_steps must be 0, since a masked model continues no text")
+        if info.data.get("eval_tasks"):
+            raise ValueError("eval_tasks must be empty, since they score text from left to right")
         kept, replaced = (info.data.get(f"mlm_{what}_token_prob", 0.0) for what in ("same", "random"))
         if kept + replaced > 1:
             raise ValueError(f"mlm_same_token_prob {kept} and mlm_random_token_prob {replaced} must sum to at most 1")

@@ -18,7 +18,13 @@ TASK = "validation"
 
 
 def token_byte_lengths(config: ModelConfig) -> np.ndarray | None:
-    """Bytes of text behind each token id, int32 [at least n_vocab]; None where the datasets' tokenizer cannot tell."""
+    """Bytes of text behind each token id, int32 [at least n_vocab]; None where the datasets' tokenizer cannot tell.
+
+    None also for a masked language model: the bits of its guesses, each made from the text on both sides, are no code
+    for that text, so that bits per byte would not compare with those of other models.
+    """
+    if config.mlm_training:
+        return None
     tables: list[np.ndarray] = []
     for source in config.datasets:
         table = load_encoder(source.dataset).token_byte_lengths() if source.dataset.tokenizer_path else None

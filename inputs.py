@@ -1,7 +1,8 @@
 """Input functions of the Estimator: record files in, batches of token ids out.
 
 The batch of a training step is a pure function of the config and the step. input_pipeline/sampling.py makes windows of
-n_ctx + 1 tokens of the records; the first n_ctx are inputs, the last n_ctx labels.
+n_ctx + 1 tokens of the records; the first n_ctx are inputs, the last n_ctx labels. Those of a masked language model are
+made of the first n_ctx, by input_pipeline/masking.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from data.encoders import SpecialIds
 from data.encoders import special_ids as default_special_ids
 from errors import UserError
 from input_pipeline.errors import explain_input_error
+from input_pipeline.masking import masked
 from input_pipeline.order import interleave_schedule, samples_before, turns
 from input_pipeline.report import DatasetReport, check_dataset
 from input_pipeline.sampling import SAMPLING
@@ -38,6 +40,7 @@ InputFn = Callable[[Mapping[str, Any]], tf.data.Dataset]
 def train_input_fn(config: ModelConfig, special_ids: SpecialIds) -> InputFn:
     """Training batches, for ever: ({"inputs", "labels": int32 [batch, n_ctx]}, labels), batch = params["batch_size"].
 
+    A label outside the vocabulary is not scored: a padding_id past it, and what a masked language model need not guess.
     Step s trains on samples s * batch ... (s + 1) * batch - 1 of a fixed order. The dataset begins at the graph's
     global step, which it reads when its iterator is initialized, after the checkpoint is restored. Several datasets
     take turns by their weights.
@@ -58,6 +61,8 @@ def train_input_fn(config: ModelConfig, special_ids: SpecialIds) -> InputFn:
             for index, source in enumerate(sources)
         ]
         windows = _take_turns(streams, turns(schedule, first))
+        if config.mlm_training:
+            windows = masked(windows, config, special_ids, first, evaluate=False)
         batches = windows.batch(params["batch_size"], drop_remainder=True)
         return _finished(batches.map(_inputs_and_labels))
 
@@ -71,7 +76,8 @@ def eval_input_fn(
 
     Records come in file order from the first, several datasets by turns until each is used up. A batch that they do not
     fill is filled with padding; so is every batch past their end. documents_random is read as one text: windows follow
-    each other, so that every token but the first is a label once.
+    each other, so that every token but the first is a label once. A masked language model is scored on the tokens that
+    were chosen, the same ones each time.
 
     Args:
         num_steps: number of batches; ceil(count_eval_examples / batch size) reads everything.
@@ -87,12 +93,13 @@ def eval_input_fn(
     padding_id = special_ids.padding_id
     skipped_label = padding_id if _is_only_padding(config, special_ids, token_bytes) else None
 
-    def score(window: tf.Tensor, count: tf.Tensor) -> tuple[Features, tf.Tensor]:
-        features, labels = _inputs_and_labels(window)
-        scored = tf.range(config.n_ctx, dtype=tf.int64) < count[:, None]
+    def score(*sample: tf.Tensor) -> tuple[Features, tf.Tensor]:
+        *tokens, count = sample
+        features, labels = _inputs_and_labels(*tokens)
+        scored = (tf.range(config.n_ctx, dtype=tf.int64) < count[:, None]) & (labels >= 0)
         if skipped_label is not None:
             scored &= tf.not_equal(labels, skipped_label)
-        known = scored & (labels >= 0) & (labels < len(table))
+        known = scored & (labels < len(table))
         label_bytes = tf.gather(table, tf.where(known, labels, tf.zeros_like(labels)))
         features |= {
             "weights": tf.cast(scored, tf.float32),
@@ -105,6 +112,8 @@ def eval_input_fn(
         windows = _take_turns(streams, turns(schedule, tf.zeros([], tf.int64)))
         nothing = (tf.fill([config.n_ctx + 1], tf.constant(padding_id, tf.int64)), tf.zeros([], tf.int64))
         filled = windows.concatenate(tf.data.Dataset.from_tensors(nothing).repeat())
+        if config.mlm_training:
+            filled = masked(filled, config, special_ids, tf.zeros([], tf.int64), evaluate=True)
         batches = filled.batch(params["batch_size"], drop_remainder=True).take(num_steps)
         return _finished(batches.map(score))
 
@@ -153,10 +162,11 @@ def count_eval_examples(config: ModelConfig, special_ids: SpecialIds | None = No
     return sum(SAMPLING[source.sampling_mode].count(source) for source in sources)
 
 
-def _inputs_and_labels(windows: tf.Tensor) -> tuple[Features, tf.Tensor]:
-    windows = tf.cast(windows, tf.int32)
-    labels = windows[:, 1:]
-    return {"inputs": windows[:, :-1], "labels": labels}, labels
+def _inputs_and_labels(tokens: tf.Tensor, labels: tf.Tensor | None = None) -> tuple[Features, tf.Tensor]:
+    """Features of windows [batch, n_ctx + 1], cut into inputs and labels, or of inputs with labels of their own."""
+    inputs, labels = (tokens[:, :-1], tokens[:, 1:]) if labels is None else (tokens, labels)
+    inputs, labels = tf.cast(inputs, tf.int32), tf.cast(labels, tf.int32)
+    return {"inputs": inputs, "labels": labels}, labels
 
 
 def _take_turns(streams: Sequence[tf.data.Dataset], choices: tf.data.Dataset) -> tf.data.Dataset:

@@ -68,13 +68,16 @@ def summary(config: ModelConfig, sacred_id: str) -> list[tuple[str, str]]:
     speed = statistics.median(line["tokens_per_second"] for line in metrics)
     unigram = unigram_losses(config)
     bits_per_byte = result["bits_per_byte"]
+    masked = config.mlm_training
+    unknown = "not defined for a masked model" if masked else "unknown to this tokenizer"
+    of_unigrams = "on all tokens of the same files" if masked else "on the same tokens"
     lines = [
         ("trained", f"{steps:,} steps, {steps * config.tokens_per_batch:,} tokens, {speed:,.0f} tokens/s"),
         ("training loss", f"{train_loss:.3f} nats per token (mean of the last {min(_LAST_STEPS, steps)} steps)"),
         ("held-out loss", f"{result['cross_entropy']:.3f} nats per token, over {result['tokens']:,} tokens"),
-        ("unigram model", f"{unigram:.3f} nats per token, on the same tokens; perplexity {math.exp(unigram):,.1f}"),
+        ("unigram model", f"{unigram:.3f} nats per token, {of_unigrams}; perplexity {math.exp(unigram):,.1f}"),
         ("perplexity", f"{result['perplexity']:,.1f}"),
-        ("bits per byte", "unknown to this tokenizer" if bits_per_byte is None else f"{bits_per_byte:.3f}"),
+        ("bits per byte", unknown if bits_per_byte is None else f"{bits_per_byte:.3f}"),
         ("checkpoints", config.model_path),
         ("curves", f"{_tensorboard()} --logdir {config.model_path}"),
     ]

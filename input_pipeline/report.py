@@ -12,6 +12,7 @@ from tqdm import tqdm
 from config import DatasetSource, ModelConfig
 from data.encoders import SpecialIds, load_encoder, special_ids
 from errors import UserError
+from input_pipeline.masking import OWN_MASK, mask_problem, text_tokens
 from input_pipeline.tfrecords import Records, TokenReader, count_in_name, count_records, find_files
 
 _SAMPLE_IDS, _SAMPLE_CHARACTERS = 200, 200
@@ -28,13 +29,14 @@ class Tally:
     min_id: int | None = None
     max_id: int | None = None
     outside: int = 0  # tokens that are neither in the vocabulary nor padding
+    masks: int = 0  # tokens that a masked language model would take for its mask
     lengths: Counter[int] = field(default_factory=Counter)  # tokens in a record -> number of such records
     shortest_joined: int | None = None  # tokens of the shortest document with its eos
     first_length: int = 0
     sample: list[int] = field(default_factory=list)  # the first tokens of the first record
     problems: list[str] = field(default_factory=list)
 
-    def add(self, records: Records, n_vocab: int, special: SpecialIds | None) -> None:
+    def add(self, records: Records, config: ModelConfig, special: SpecialIds | None) -> None:
         """Take in some records; `special` is None where nobody knows the special tokens."""
         ids = records.tokens
         if not self.records:
@@ -51,9 +53,11 @@ class Tally:
             low, high = int(ids.min()), int(ids.max())
             self.min_id = low if self.min_id is None else min(low, self.min_id)
             self.max_id = high if self.max_id is None else max(high, self.max_id)
-            if low < 0 or high >= n_vocab:
-                outside = (ids < 0) | (ids >= n_vocab)
+            if low < 0 or high >= config.n_vocab:
+                outside = (ids < 0) | (ids >= config.n_vocab)
                 self.outside += int((outside & (ids != special.padding_id) if special else outside).sum())
+            if config.mlm_training:
+                self.masks += int((ids == config.mlm_mask_id).sum())
 
     def shorter_than(self, tokens: int) -> int:
         """Number of records with fewer tokens."""
@@ -147,18 +151,18 @@ def _read_all(
     with bar, TokenReader() as reader:
         for pattern, paths in files.items():
             for path in paths:
-                _read_file(reader, path, tallies[pattern], config.n_vocab, special, bar)
+                _read_file(reader, path, tallies[pattern], config, special, bar)
     return tallies
 
 
 def _read_file(
-    reader: TokenReader, path: str, tally: Tally, n_vocab: int, special: SpecialIds | None, bar: tqdm
+    reader: TokenReader, path: str, tally: Tally, config: ModelConfig, special: SpecialIds | None, bar: tqdm
 ) -> None:
     tally.files += 1
     before = tally.records
     try:
         for records in reader.read(path):
-            tally.add(records, n_vocab, special)
+            tally.add(records, config, special)
             bar.update(records.file_bytes)
         held = tally.records - before
         # The count in a name need not be one. But where training would believe it, it must be right.
@@ -199,10 +203,12 @@ def _report(
     ]
     verdict = _chunk_verdict if source.sampling_mode == "chunks" else _document_verdict
     line, problems = verdict(config, source, tally)
-    return SplitReport(title, tally, (*lines, line), (*tally.problems, *_id_problems(config, tally), *problems))
+    return SplitReport(
+        title, tally, (*lines, line), (*tally.problems, *_id_problems(config, tally, special), *problems)
+    )
 
 
-def _id_problems(config: ModelConfig, tally: Tally) -> Iterator[str]:
+def _id_problems(config: ModelConfig, tally: Tally, special: SpecialIds | None) -> Iterator[str]:
     if tally.outside:
         yield (
             f"{tally.outside:,} tokens are outside the vocabulary: ids go from {tally.min_id} to {tally.max_id}, and "
@@ -210,6 +216,11 @@ def _id_problems(config: ModelConfig, tally: Tally) -> Iterator[str]:
         )
     if tally.lengths[0]:
         yield f"{tally.lengths[0]:,} records have no int64 feature `text`, or an empty one; make these files again"
+    mask_is_special = mask_problem(config, special) if special else None
+    if mask_is_special:
+        yield mask_is_special
+    elif tally.masks:
+        yield f"mlm_mask_id {config.mlm_mask_id} is a token of the text, {tally.masks:,} times; {OWN_MASK}"
 
 
 def _chunk_verdict(config: ModelConfig, source: DatasetSource, tally: Tally) -> tuple[str, list[str]]:
@@ -222,9 +233,13 @@ def _chunk_verdict(config: ModelConfig, source: DatasetSource, tally: Tally) -> 
     else:
         kept = {length: windows if length >= needed else 0 for length in tally.lengths}
     samples = sum(count * kept[length] for length, count in tally.lengths.items())
-    read = sum(count * (kept[length] * config.n_ctx + bool(kept[length])) for length, count in tally.lengths.items())
+    if config.mlm_training:
+        of, read = f"{text_tokens(config)}", samples * text_tokens(config)
+    else:  # windows begin with the last token of the one before
+        of, read = "n_ctx + 1", sum(count for length, count in tally.lengths.items() if kept[length])
+        read += samples * config.n_ctx
     unread = tally.tokens - read
-    line = f"{samples:,} samples of n_ctx + 1 tokens; {unread:,} tokens ({unread / max(1, tally.tokens):.1%}) unread"
+    line = f"{samples:,} samples of {of} tokens; {unread:,} tokens ({unread / max(1, tally.tokens):.1%}) unread"
     short = tally.shorter_than(needed)
     if not samples:
         return line, [

@@ -30,7 +30,7 @@ def write_samples(config: ModelConfig, number: int, path: str) -> None:
     for index, tokens in enumerate(_first_examples(config, number)):
         source = sources[schedule[index % len(schedule)]]
         encoder = encoders[source.dataset.id]
-        text = encoder.decode(tokens.tolist()) if encoder else " ".join(map(str, tokens))
+        text = _text(encoder, tokens.tolist(), config) if encoder else " ".join(map(str, tokens))
         title = f'example {index + 1}: dataset "{source.dataset.id}", {source.sampling_mode}, {len(tokens)} tokens'
         examples.append(f"{_RULE}\n{title}\n{_RULE}\n{text}\n")
     write_text(path, "\n".join(examples))
@@ -38,6 +38,19 @@ def write_samples(config: ModelConfig, number: int, path: str) -> None:
 
 def _encoder(source: DatasetSource) -> Encoder | None:
     return None if source.dataset.tokenizer_path is None else load_encoder(source.dataset)
+
+
+def _text(encoder: Encoder, tokens: list[int], config: ModelConfig) -> str:
+    """The tokens' text; that of a masked language model shows its masks, which the tokenizer need not know."""
+    if not config.mlm_training:
+        return encoder.decode(tokens)
+    pieces: list[list[int]] = [[]]
+    for token in tokens:
+        if token == config.mlm_mask_id:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return "[MASK]".join(map(encoder.decode, pieces))
 
 
 def _first_examples(config: ModelConfig, number: int) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from config import DatasetSource, ModelConfig
 from data.encoders import SpecialIds
 from errors import UserError
+from input_pipeline.masking import mask_problem
 from input_pipeline.tfrecords import TokenReader, count_records, find_files, first_tokens
 from input_pipeline.window_counts import count_windows, group_windows, whole_windows
 
@@ -113,8 +114,12 @@ def verify_inputs(config: ModelConfig, special_ids: SpecialIds, evaluate: bool) 
 
     Raises:
         UserError: a line for each dataset whose files are missing or unreadable, whose records are too short for
-            n_ctx, or whose first record holds a token id that the vocabulary does not.
+            n_ctx, or whose first record holds a token id that the vocabulary does not; and where the mask of a masked
+            language model is another special token.
     """
+    problem = mask_problem(config, special_ids)
+    if problem:
+        raise UserError(problem)
     _each(_verify, resolve_sources(config, special_ids, evaluate))
 
 

@@ -42,6 +42,11 @@ class Context:
         return self.position is not None
 
     @property
+    def causal(self) -> bool:
+        """Whether a position sees itself and what is before it alone; a masked language model sees all positions."""
+        return not self.config.mlm_training
+
+    @property
     def activation_dims(self) -> list[mtf.Dimension]:
         """The leading dimensions of every activation: [batch, sequence], or [batch] in a decoding step."""
         return [self.dims.batch] if self.decodes else [self.dims.batch, self.dims.sequence]

@@ -1,6 +1,7 @@
-"""Causal linear attention (arXiv:1812.01243, arXiv:2006.16236): time linear in the length, a constant state to decode.
+"""Linear attention (arXiv:1812.01243, arXiv:2006.16236): time linear in the length, a constant state to decode.
 
-out_i = q_i . sum_{j <= i} k_j v_j^T / (q_i . (sum_{j <= i} k_j + 1e-6)), q the softmax over features and k = exp.
+q is the softmax over features. Causal, with k = exp: out_i = q_i . sum_{j <= i} k_j v_j^T / (q_i . (sum_{j <= i} k_j +
+1e-6)). In a masked language model, with k the softmax over the sequence: out_i = q_i . sum_j k_j v_j^T.
 """
 
 import tensorflow.compat.v1 as tf
@@ -21,10 +22,33 @@ def linear_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) 
     features = ctx.dims.features_per_head
     values = mtf.Dimension("value_features", features.size)  # a name that no layout splits
     q = ctx.dropout(mtf.softmax(q, features), ctx.config.attn_dropout, "attn/attn_dropout")
-    k = mtf.exp(k)
     v = mtf.rename_dimension(v, features.name, values.name)
-    out = _step(ctx, q, k, v, values) if ctx.decodes else _by_chunks(ctx, q, k, v, values)
+    if not ctx.causal:
+        out = _at_once(ctx, q, k, v, values)
+    elif ctx.decodes:
+        out = _step(ctx, q, mtf.exp(k), v, values)
+    else:
+        out = _by_chunks(ctx, q, mtf.exp(k), v, values)
     return mtf.rename_dimension(out, values.name, features.name)
+
+
+def _at_once(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, values: mtf.Dimension) -> mtf.Tensor:
+    """Every position at once. The softmax of the keys goes over the sequence and learned memory together."""
+    dims = ctx.dims
+    sequence, features = dims.sequence, dims.features_per_head
+    memory = learned_memory(ctx)
+    sums = mtf.Shape([dims.batch, dims.heads, features])
+    peak = mtf.reduce_max(mtf.stop_gradient(k), output_shape=sums)
+    if memory is not None:
+        peak = mtf.maximum(peak, mtf.reduce_max(mtf.stop_gradient(memory.k), reduced_dim=memory.dim))
+    weights = mtf.exp(k - peak)
+    total, products = mtf.reduce_sum(weights, reduced_dim=sequence), mtf.einsum([weights, v], sums + values)
+    if memory is not None:
+        weights = mtf.exp(memory.k - peak)
+        memory_v = mtf.rename_dimension(memory.v, features.name, values.name)
+        total += mtf.reduce_sum(weights, reduced_dim=memory.dim)
+        products += mtf.einsum([weights, memory_v], sums + values)
+    return mtf.einsum([q, products / total], v.shape)
 
 
 def _memory_sums(ctx: Context, values: mtf.Dimension) -> tuple[mtf.Tensor | float, mtf.Tensor | float]:

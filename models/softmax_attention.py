@@ -1,4 +1,7 @@
-"""Softmax attention (arXiv:1706.03762), over everything before a position or over a window."""
+"""Softmax attention (arXiv:1706.03762), over everything before a position or over a window.
+
+In a masked language model there is no before: a position sees what follows it as well (arXiv:1810.04805).
+"""
 
 import tensorflow.compat.v1 as tf
 
@@ -10,7 +13,7 @@ MASKED = -1e9  # added to the scores of positions that may not be seen; exp() of
 
 
 def global_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:
-    """Every position attends to itself and all before it.
+    """Every position attends to itself and all before it; in a masked language model, to all there are.
 
     q, k, v and the result: [batch, sequence, heads, features_per_head], without `sequence` in a decoding step.
     """
@@ -20,8 +23,9 @@ def global_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) 
 def local_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:
     """Position i attends to positions i - local_attention_radius + 1 ... i. Shapes as in global_attention.
 
-    Where the window is narrower than the sequence, blocks of its width attend to themselves and the block before, so
-    that time and memory grow with the length and not with its square.
+    In a masked language model the window reaches as far ahead: ... i + local_attention_radius - 1. Where it is narrower
+    than the sequence, blocks of `radius` positions attend to themselves and their neighbours, so that time and memory
+    grow with the length and not with its square.
     """
     radius = ctx.config.local_attention_radius
     if ctx.decodes or radius >= ctx.dims.sequence.size:
@@ -43,13 +47,17 @@ def _attend_to_all(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, ra
     return _softmax_mix(ctx, q, k, v, visible, scores_shape, dims.memory_length)
 
 
-def _visible(ctx: Context, query: mtf.Tensor, key: mtf.Tensor, pairs: mtf.Shape, radius: int | None) -> mtf.Tensor:
-    """Which positions `key` the positions `query` may see: bool `pairs`."""
+def _visible(
+    ctx: Context, query: mtf.Tensor, key: mtf.Tensor, pairs: mtf.Shape, radius: int | None
+) -> mtf.Tensor | None:
+    """Which positions `key` the positions `query` may see: bool `pairs`, or None where they may see all."""
+    if radius is None and not ctx.causal:
+        return None
     distance = mtf.sub(mtf.broadcast(query, pairs), mtf.broadcast(key, pairs))
-    seen = mtf.greater_equal(distance, 0)
-    if radius is not None:
-        seen = mtf.logical_and(seen, mtf.less(distance, radius))
-    return seen
+    if radius is None:
+        return mtf.greater_equal(distance, 0)
+    ahead = 0 if ctx.causal else radius - 1
+    return mtf.logical_and(mtf.greater_equal(distance, -ahead), mtf.less(distance, radius))
 
 
 def _softmax_mix(
@@ -57,13 +65,14 @@ def _softmax_mix(
     q: mtf.Tensor,
     k: mtf.Tensor,
     v: mtf.Tensor,
-    visible: mtf.Tensor,
+    visible: mtf.Tensor | None,
     scores_shape: mtf.Shape,
     keys: mtf.Dimension,
 ) -> mtf.Tensor:
     """Values averaged by the softmax, over `keys` and learned memory together, of the visible q k scores."""
     scores = mtf.einsum([q, k], scores_shape)
-    scores += (1.0 - mtf.cast(visible, scores.dtype)) * MASKED
+    if visible is not None:
+        scores += (1.0 - mtf.cast(visible, scores.dtype)) * MASKED
     memory = learned_memory(ctx)
     rate = ctx.config.attn_dropout
     if memory is None:
@@ -89,7 +98,8 @@ def _attend_by_blocks(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor,
     blocks = mtf.Dimension("attention_blocks", -(-length // radius))  # names that no layout splits
     within = mtf.Dimension("block_length", radius)
     padded = mtf.Dimension("padded_sequence", blocks.size * radius)
-    window = mtf.Dimension("block_window", 2 * radius)
+    neighbours = (-1, 0) if ctx.causal else (-1, 0, 1)  # the blocks that a window reaches into
+    window = mtf.Dimension("block_window", len(neighbours) * radius)
     features = [dims.heads, dims.features_per_head]
 
     def in_blocks(x: mtf.Tensor) -> mtf.Tensor:
@@ -97,27 +107,20 @@ def _attend_by_blocks(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor,
         x = mtf.pad(x, [0, padded.size - length], padded.name)
         return mtf.reshape(x, mtf.Shape([dims.batch, blocks, within, *features]))
 
-    def with_block_before(x: mtf.Tensor) -> mtf.Tensor:
+    def with_neighbours(x: mtf.Tensor) -> mtf.Tensor:
         x = in_blocks(x)
-        pair = mtf.concat([mtf.shift(x, 1, blocks, wrap=False), x], within.name)
-        return mtf.rename_dimension(pair, within.name, window.name)
+        shifted = [mtf.shift(x, -offset, blocks, wrap=False) if offset else x for offset in neighbours]
+        return mtf.rename_dimension(mtf.concat(shifted, within.name), within.name, window.name)
 
     begin = mtf.range(ctx.mesh, blocks, tf.int32) * radius
     query = begin + mtf.range(ctx.mesh, within, tf.int32)
     key = begin + mtf.range(ctx.mesh, window, tf.int32) - radius
     pairs = mtf.Shape([blocks, within, window])
-    visible = _visible(ctx, query, key, pairs, radius)
-    inside = mtf.greater_equal(mtf.broadcast(key, pairs), 0)
+    place = mtf.broadcast(key, pairs)
+    inside = mtf.logical_and(mtf.greater_equal(place, 0), mtf.less(place, length))
+    visible = mtf.logical_and(_visible(ctx, query, key, pairs, radius), inside)
     scores_shape = mtf.Shape([dims.batch, dims.heads, *pairs.dims])
-    mixed = _softmax_mix(
-        ctx,
-        in_blocks(q),
-        with_block_before(k),
-        with_block_before(v),
-        mtf.logical_and(visible, inside),
-        scores_shape,
-        window,
-    )
+    mixed = _softmax_mix(ctx, in_blocks(q), with_neighbours(k), with_neighbours(v), visible, scores_shape, window)
     mixed = mtf.reshape(mixed, mtf.Shape([dims.batch, padded, *features]))
     mixed = mtf.slice(mixed, 0, length, padded.name)
     return mtf.rename_dimension(mixed, padded.name, dims.sequence.name)

@@ -108,12 +108,15 @@ class ReferenceModel:
         mem_k = self._get(f"{scope}/attention/mem_k") if memory else np.zeros([0, heads, size])
         mem_v = self._get(f"{scope}/attention/mem_v") if memory else np.zeros([0, heads, size])
         out = np.zeros_like(q)
+        causal = not self.config.mlm_training
+        linear_mix = _linear_mix if causal else _whole_linear_mix
         for i in range(len(x)):
-            first = max(0, i - self.config.local_attention_radius + 1) if kind == "local" else 0
+            reach = self.config.local_attention_radius - 1 if kind == "local" else len(x)
+            seen = slice(max(0, i - reach), i + 1 if causal else i + reach + 1)
             for head in range(heads):
-                keys = np.concatenate([mem_k[:, head], k[first : i + 1, head]])
-                values = np.concatenate([mem_v[:, head], v[first : i + 1, head]])
-                mix = _linear_mix if kind == "linear" else _softmax_mix
+                keys = np.concatenate([mem_k[:, head], k[seen, head]])
+                values = np.concatenate([mem_v[:, head], v[seen, head]])
+                mix = linear_mix if kind == "linear" else _softmax_mix
                 out[i, head] = mix(q[i, head], keys, values)
         mixed = out.reshape(len(x), heads * size)
         return mixed @ self._get(f"{scope}/o") + self._get(f"{scope}/compute_output_bias/o_b")
@@ -131,6 +134,11 @@ def _softmax_mix(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.
 def _linear_mix(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     query, keys = _softmax(query), np.exp(keys)
     return query @ (keys.T @ values) / (query @ (keys.sum(0) + 1e-6))
+
+
+def _whole_linear_mix(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    each_over_sequence = np.stack([_softmax(feature) for feature in keys.T])  # [features, positions]
+    return _softmax(query) @ each_over_sequence @ values
 
 
 def _rotate(x: np.ndarray) -> np.ndarray:

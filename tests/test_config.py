@@ -111,7 +111,6 @@ ASKING_FOR_UNBUILT = [
     ("opt_name", "adafactor", 'it must be "adam"'),
     ("precision", "bfloat16", 'it must be "float32"'),
     ("log_grads", True, "it must be false"),
-    ("mlm_training", True, "it must be false"),
 ]
 
 
@@ -121,16 +120,16 @@ def test_every_unbuilt_feature_is_tried_below() -> None:
 
 @pytest.mark.parametrize(("key", "value", "what"), ASKING_FOR_UNBUILT)
 def test_what_is_not_built_is_refused(key: str, value: Any, what: str) -> None:
-    values = BASE | {"mlm_mask_id": 3, key: value}
+    values = BASE | {key: value}
     assert refusal(values, allow_unbuilt=False) == [f"{key} is {json.dumps(value)}, which is not available yet; {what}"]
     make_model_config(values, "test", allow_unbuilt=True)
 
 
 def test_unbuilt_features_that_are_off_are_accepted() -> None:
     off: dict[str, Any] = {key: False for key, _, _ in NOT_BUILT if isinstance(getattr(make(), key), bool)}
-    assert set(off) == {"mlm_training", "log_grads"}
+    assert set(off) == {"log_grads"}
     off |= {"eval_tasks": []}
-    assert make_model_config(BASE | off, "test").mlm_training is False
+    assert make_model_config(BASE | off, "test").log_grads is False
 
 
 INLINE = DatasetConfig(id="a_*.tfrecords", path="a_*.tfrecords", eval_path="b_*.tfrecords")

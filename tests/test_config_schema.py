@@ -232,6 +232,18 @@ def test_masked_language_modelling() -> None:
     assert refusal(BASE | {"mlm_training": True, "mlm_mask_id": 3, "mlm_mask_prob": 0}) == [
         "mlm_training is true; it needs an mlm_mask_prob above 0"
     ]
+    for changes, sentence in (
+        ({"mlm_cls_token_id": 3}, "it needs an mlm_cls_token_id other than mlm_mask_id"),
+        (
+            {"mlm_cls_token_id": 4, "n_ctx": 1},
+            "mlm_cls_token_id leaves no room for text where n_ctx is 1; n_ctx 2 would work",
+        ),
+        ({"predict_steps": 1}, "predict_steps must be 0, since a masked model continues no text"),
+        ({"eval_tasks": ["lambada"]}, "eval_tasks must be empty, since they score text from left to right"),
+    ):
+        assert refusal(BASE | {"mlm_training": True, "mlm_mask_id": 3} | changes) == [
+            f"mlm_training is true; {sentence}"
+        ]
 
 
 def test_rotary_needs_an_even_head() -> None:

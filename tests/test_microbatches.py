@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
+from input_pipeline.masking import NOT_SCORED
 from mesh import mtf
 from mesh.layout import parse
 from mesh.randomness import fold_in, make_key
@@ -25,7 +26,9 @@ DROPOUT: dict[str, Any] = {"embed_dropout": 0.2, "res_dropout": 0.2, "attn_dropo
 Step = tuple[float, dict[str, np.ndarray]]
 
 
-def first_step(folder: Path, mesh: tuple[str, str] = ("x:1", ""), **changes: Any) -> Step:
+def first_step(
+    folder: Path, mesh: tuple[str, str] = ("x:1", ""), labels: np.ndarray = TOKENS[:, 1:], **changes: Any
+) -> Step:
     """(loss, {variable: gradient}) of a run's first step on TOKENS: the graph and the hooks of the Estimator."""
     layout = parse(*mesh, num_devices=1)
     devices = cpu_devices(layout.size)
@@ -33,7 +36,7 @@ def first_step(folder: Path, mesh: tuple[str, str] = ("x:1", ""), **changes: Any
     settings = {"model_path": str(folder), "train_batch_size": BATCH, "beta1": 0.0, **changes}
     run = Run(tiny_config(folder, **settings), layout, devices, 1, 0, Sampling(), StopOnSignal())
     with tf.Graph().as_default():
-        features = {"inputs": tf.constant(TOKENS[:, :-1]), "labels": tf.constant(TOKENS[:, 1:])}
+        features = {"inputs": tf.constant(TOKENS[:, :-1]), "labels": tf.constant(labels)}
         spec = train_spec(run, features, {"batch_size": BATCH})
         hooks = {type(hook): hook for hook in spec.training_hooks}
         restore, save = hooks[mtf.MtfRestoreHook], hooks[CheckpointHook]
@@ -111,3 +114,33 @@ def test_each_microbatch_draws_its_own_dropout(tmp_path: Path) -> None:
         return losses
 
     assert loss == pytest.approx(np.mean(MtfSession().run(build)), abs=1e-6)
+
+
+MASKED: dict[str, Any] = {"mlm_training": True, "mlm_mask_id": 31, "n_layer": 1, "attention_types": [[["linear"], 1]]}
+
+
+def test_the_loss_of_a_masked_model_is_the_mean_over_the_masked_tokens_of_the_whole_batch(tmp_path: Path) -> None:
+    """Rows hold 5, 1, 0 and 2 of them, so that the mean of the microbatches' means is another number."""
+    labels = np.full([BATCH, 8], NOT_SCORED, np.int32)
+    for row, count in enumerate((5, 1, 0, 2)):
+        labels[row, 2 : 2 + count] = TOKENS[row, 2 : 2 + count]
+    whole = first_step(tmp_path / "whole", labels=labels, **MASKED)
+    config = tiny_config(tmp_path, **MASKED)
+    dims = make_dims(config, BATCH)
+
+    def build(mesh: mtf.Mesh) -> mtf.Tensor:
+        inputs, targets = (
+            mtf.import_tf_tensor(mesh, tokens, mtf.Shape([dims.batch, dims.sequence]))
+            for tokens in (TOKENS[:, :-1], labels)
+        )
+        return gpt.losses(Context(config, mesh, dims, mtf.VariableDType(tf.float32)), inputs, targets).objective
+
+    assert whole[0] == pytest.approx(MtfSession().run(build)[labels != NOT_SCORED].mean(), abs=1e-6)
+    settings = MASKED | {"tokens_per_mb_per_replica": 8, "recompute_grad": True}
+    assert_same(first_step(tmp_path / "cut", ("x:2", "batch:x"), labels, **settings), whole, 1e-6)
+
+
+def test_a_batch_without_a_masked_token_teaches_nothing(tmp_path: Path) -> None:
+    loss, gradients = first_step(tmp_path, labels=np.full([BATCH, 8], NOT_SCORED, np.int32), **MASKED)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())

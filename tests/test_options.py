@@ -9,6 +9,7 @@ import pytest
 import tensorflow.compat.v1 as tf
 
 from config import ModelConfig
+from input_pipeline.masking import NOT_SCORED
 from mesh import mtf
 from models import gpt
 from models.context import Context
@@ -27,6 +28,10 @@ def layers(*names: str) -> dict[str, Any]:
 
 def experts(count: int, *moe_layers: int, **settings: Any) -> dict[str, Any]:
     return {"moe_layers": moe_layers, "moe_params": {"moe_num_experts": count, "moe_hidden_size": 10, **settings}}
+
+
+def masked(*names: str) -> dict[str, Any]:
+    return layers(*names) | {"mlm_training": True, "mlm_mask_id": 3}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -66,6 +71,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moe + rezero + glu": layers("linear", "none")
     | experts(5, 1, moe_second_policy_eval="threshold", moe_second_threshold_eval=0.3)
     | {"rezero": True, "mlp_glu": True, "moe_activation": "prelu"},
+    "mlm global": masked("global"),
+    "mlm local": masked("local") | {"local_attention_radius": 3},
+    "mlm linear": masked("linear"),
+    "mlm none": masked("none", "local") | {"local_attention_radius": 20},
+    "mlm memory": masked("global", "linear", "local") | {"num_mem_kv": 3, "local_attention_radius": 2},
+    "mlm + rotary": masked("linear", "local") | {"rotary_emb": True, "local_attention_radius": 1},
+    "mlm + entmax": masked("global") | {"entmax_loss": True},
 }
 
 
@@ -79,25 +91,36 @@ def some_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     return {name: (0.4 * random.normal(size=shape)).astype(np.float32) for name, shape in sorted(shapes.items())}
 
 
+def labels_of(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
+    """What each of the first LENGTH positions is scored on: the token after it or, of a masked model, some tokens."""
+    if not config.mlm_training:
+        return tokens[:, 1:]
+    chosen = np.random.default_rng(2).random(tokens[:, 1:].shape) < 0.5
+    return np.where(chosen, tokens[:, 1:], NOT_SCORED)
+
+
 def build_all(config: ModelConfig, tokens: np.ndarray, decoded: bool):
     """A builder of: logits, the loss's gradients, and the logits of decoding from the states before position 3."""
+    length = tokens.shape[1] - 1
+    scored = labels_of(config, tokens) != NOT_SCORED
 
     def build(mesh: mtf.Mesh) -> dict[str, Any]:
-        dims = make_dims(config, ROWS, LENGTH)
+        dims = make_dims(config, ROWS, length)
         shape = mtf.Shape([dims.batch, dims.sequence])
         inputs = mtf.import_tf_tensor(mesh, tokens[:, :-1], shape)
-        labels = mtf.import_tf_tensor(mesh, tokens[:, 1:], shape)
+        labels = mtf.import_tf_tensor(mesh, labels_of(config, tokens), shape)
+        weights = mtf.import_tf_tensor(mesh, (scored / scored.sum()).astype(np.float32), shape)
         until = 3
         ctx = Context(config, mesh, dims, FLOAT, keep_states_until=mtf.constant(mesh, until, dtype=tf.int32))
         found: dict[str, Any] = {"logits": gpt.logits(ctx, inputs)}
-        loss = mtf.reduce_mean(gpt.losses(Context(config, mesh, dims, FLOAT), inputs, labels).objective)
+        loss = mtf.reduce_sum(gpt.losses(Context(config, mesh, dims, FLOAT), inputs, labels).objective * weights)
         variables = mesh.graph.trainable_variables
         gradients = mtf.gradients([loss], [variable.outputs[0] for variable in variables])
         found["gradients"] = {v.name: g for v, g in zip(variables, gradients, strict=True)}
         found["loss"] = loss
         if decoded:
             states, found["decoded"] = ctx.states, []
-            for position in range(until, LENGTH):
+            for position in range(until, length):
                 at = mtf.constant(mesh, position, dtype=tf.int32)
                 one = Context(config, mesh, dims, FLOAT, position=at, states=dict(states))
                 token = mtf.import_tf_tensor(mesh, tokens[:, position], mtf.Shape([dims.batch]))
@@ -118,29 +141,33 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def objective(config: ModelConfig, weights: dict[str, np.ndarray], tokens: np.ndarray) -> float:
-    """Mean of cross entropy, or entmax loss, + z_loss log(z)^2 under the numpy model."""
+    """Mean of cross entropy, or entmax loss, + z_loss log(z)^2 under the numpy model, over what is scored."""
     model = ReferenceModel(config, weights)
-    total = 0.0
-    for row in tokens:
+    losses = []
+    for row, labels in zip(tokens, labels_of(config, tokens), strict=True):
         logits = model.logits(row[:-1])
+        at = np.flatnonzero(labels != NOT_SCORED)
+        logits, labels = logits[at], labels[at]
         log_z = np.log(np.exp(logits).sum(-1))
-        cross_entropy = log_z - logits[np.arange(LENGTH), row[1:]]
-        loss = numpy_loss(logits, row[1:]) if config.entmax_loss else cross_entropy
-        total += (loss + config.z_loss * log_z**2).sum()
-    return total / (ROWS * LENGTH)
+        cross_entropy = log_z - logits[np.arange(len(at)), labels]
+        loss = numpy_loss(logits, labels) if config.entmax_loss else cross_entropy
+        losses.extend(loss + config.z_loss * log_z**2)
+    return float(np.mean(losses))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option_equals_the_numpy_model(tmp_path: Path, name: str) -> None:
     config = option_config(tmp_path, name)
+    decoded = not config.mlm_training
     tokens = random_tokens(ROWS, LENGTH + 1, vocab=config.n_vocab)
     weights = some_weights(shapes_of(config))
-    found = MtfSession().run(build_all(config, tokens, decoded=True), weights)
+    found = MtfSession().run(build_all(config, tokens, decoded), weights)
 
     model = ReferenceModel(config, weights)
     expected = np.stack([model.logits(row[:-1]) for row in tokens])
     np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
-    np.testing.assert_allclose(np.stack(found["decoded"], axis=1), expected[:, 3:], atol=1e-4)
+    if decoded:
+        np.testing.assert_allclose(np.stack(found["decoded"], axis=1), expected[:, 3:], atol=1e-4)
     assert found["loss"] == pytest.approx(objective(config, weights, tokens), abs=1e-4)
     assert found["gradients"].keys() == weights.keys()
     random = np.random.default_rng(1)
@@ -156,7 +183,7 @@ def test_option_equals_the_numpy_model(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_later_tokens_do_not_change_earlier_logits(tmp_path: Path, name: str) -> None:
+def test_later_tokens_change_earlier_logits_of_masked_models_alone(tmp_path: Path, name: str) -> None:
     config = option_config(tmp_path, name)
     tokens = random_tokens(ROWS, LENGTH, vocab=config.n_vocab)
     changed = tokens.copy()
@@ -169,19 +196,48 @@ def test_later_tokens_do_not_change_earlier_logits(tmp_path: Path, name: str) ->
         return [gpt.logits(ctx, mtf.import_tf_tensor(mesh, rows, shape)) for rows in (tokens, changed)]
 
     before, after = MtfSession().run(build, some_weights(shapes_of(config)))
-    np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-6)
+    if config.mlm_training:
+        assert np.abs(before[:, :4] - after[:, :4]).max() > 1e-2
+    else:
+        np.testing.assert_allclose(before[:, :4], after[:, :4], atol=1e-6)
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-2
 
 
+ON_FOUR_DEVICES = [
+    name for name in OPTIONS if "+" not in name and name != "plain" and not OPTIONS[name].get("mlm_training")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in OPTIONS if "+" not in name and name != "plain"])
+@pytest.mark.parametrize("name", ON_FOUR_DEVICES)
 def test_option_on_four_devices_equals_one(tmp_path: Path, name: str) -> None:
     config = option_config(tmp_path, name)
     tokens = random_tokens(ROWS, LENGTH + 1, vocab=config.n_vocab)
+    assert_devices_agree(config, tokens, ["batch:x,heads:y,intermediate_expanded:y,vocab:y", "batch:x,embd:y"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kinds", "memory", "layout"),
+    [
+        (("global", "linear"), 0, "sequence:x,memory_length:y"),
+        (("local", "linear"), 3, "batch:x,heads:y,intermediate_expanded:y,vocab:y"),
+    ],
+)
+def test_masked_model_on_four_devices_equals_one(
+    tmp_path: Path, kinds: tuple[str, ...], memory: int, layout: str
+) -> None:
+    changes = masked(*kinds) | {"num_mem_kv": memory, "local_attention_radius": 3}
+    config = tiny_config(tmp_path, **({"n_embd": 12, "n_head": 2, "n_vocab": 20} | changes))
+    assert_devices_agree(config, random_tokens(ROWS, config.n_ctx + 1, vocab=config.n_vocab), [layout])
+
+
+def assert_devices_agree(config: ModelConfig, tokens: np.ndarray, layouts: list[str]) -> None:
+    """Logits and gradients on a mesh of four devices are those of one."""
     weights = some_weights(shapes_of(config))
     build = build_all(config, tokens, decoded=False)
     one = MtfSession().run(build, weights)
-    for layout in ("batch:x,heads:y,intermediate_expanded:y,vocab:y", "batch:x,embd:y"):
+    for layout in layouts:
         several = MtfSession("x:2,y:2", layout).run(build, weights)
         np.testing.assert_allclose(several["logits"], one["logits"], atol=1e-4, err_msg=layout)
         for variable, gradient in one["gradients"].items():

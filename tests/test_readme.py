@@ -57,6 +57,7 @@ PRINTED = (
 ADDED = {"data/gather_python_sources.py": "--limit_mb 0.3"}
 SMALL = {
     "quickstart": {"n_layer": 1, "attention_types": [[["global"], 1]], "n_embd": 24, "train_steps": 20},
+    "mlm_small_cpu": {"n_layer": 1, "attention_types": [[["global"], 1]], "n_embd": 24, "train_steps": 4},
     "mine": {"n_layer": 1, "n_embd": 32, "n_ctx": 64, "train_batch_size": 4, "train_steps": 4},
 }
 

@@ -61,7 +61,14 @@ def _write(path: str, config: ModelConfig) -> None:
 
 
 # Keys that change what a model computes and none of its variables: a checkpoint cannot tell that they are wrong.
-_INVISIBLE = ("n_head", "activation_function", "layer_attention", "local_attention_radius", "rotary_emb")
+_INVISIBLE = (
+    "n_head",
+    "activation_function",
+    "layer_attention",
+    "local_attention_radius",
+    "rotary_emb",
+    "mlm_training",
+)
 
 
 def warn_of_changes(config: ModelConfig) -> None:
