@@ -27,7 +27,13 @@ RUNTIME := .venv/.runtime-$(DEVICE)
 TEST := .venv/.test
 LINT := .venv/.lint
 
-.PHONY: help env runtime-env quickstart test lint format lock clean
+# npm writes this file last
+OMNIBOARD := tracking/omniboard/node_modules/.package-lock.json
+# make omniboard MONGO_URI=mongodb://user:password@host:27017/sacred?authSource=admin
+MONGO_URI ?=
+OMNIBOARD_PORT ?= 8081
+
+.PHONY: help env runtime-env quickstart test browser-env omniboard lint format lock clean
 .NOTPARALLEL: # one pip at a time in one environment
 .DELETE_ON_ERROR:
 
@@ -49,6 +55,11 @@ quickstart: $(RUNTIME) | $(TFRECORDS)/train.done $(TFRECORDS)/heldout.done ## tr
 test: env ## run every test (ARGS="..." goes to pytest)
 	$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --timeout $(TIMEOUT) $(ARGS)
 
+browser-env: $(OMNIBOARD) ## install Omniboard and Playwright, for the tests in a browser (Chromium comes from your system)
+
+omniboard: $(RUNTIME) $(OMNIBOARD) ## start Omniboard on this machine (MONGO_URI=..., SACRED_MONGO_URI or .env)
+	$(if $(MONGO_URI),SACRED_MONGO_URI='$(MONGO_URI)') $(VENV_PYTHON) -m tracking.show --port $(OMNIBOARD_PORT)
+
 lint: $(RUNTIME) $(LINT) ## check style, formatting and types
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
@@ -65,8 +76,8 @@ lock: $(LINT) ## lock the dependencies that pyproject.toml names into requiremen
 	$(call compile,requirements-test-data.txt,--group test-data --no-deps)
 	$(call compile,requirements-lint.txt,--group lint --constraints requirements.txt)
 
-clean: ## remove .venv and runs/quickstart
-	rm -rf .venv $(RUN)
+clean: ## remove .venv, what npm installed, and runs/quickstart
+	rm -rf .venv tracking/omniboard/node_modules $(RUN)
 
 # Resolved for Linux on x86_64, whatever machine this runs on; no hashes, so that a wheel from a local folder will do.
 define compile
@@ -98,6 +109,11 @@ $(TEST): requirements-test.txt requirements-test-data.txt | $(RUNTIME)
 
 $(LINT): requirements-lint.txt | $(CREATED)
 	$(PIP_INSTALL) -r $<
+	@touch $@
+
+$(OMNIBOARD): tracking/omniboard/package.json tracking/omniboard/package-lock.json
+	@command -v npm >/dev/null || { echo "error: Omniboard needs Node.js 18 or newer with npm; install it." >&2; exit 1; }
+	npm ci --prefix tracking/omniboard --ignore-scripts --no-audit --no-fund
 	@touch $@
 
 # The quickstart's data: made once, and kept until it is removed.

@@ -35,6 +35,7 @@ README = (ROOT / "README.md").read_text()
 HANDLING = (
     (r"(DEVICE=gpu )?make [a-z-]+", "target of the Makefile"),
     (r"source \.venv/bin/activate", "environment of the Makefile"),
+    (r"cp \.env\.example \.env|docker compose up -d", "compose file"),  # tests/test_compose.py
     (r"tensorboard --logdir \S+", "viewer"),
     (r"python main\.py .*(--tpu |GPU:\d).*", "parsed"),  # needs a TPU or GPUs
     (r"python data/create_tfrecords\.py .*--use_gpt2_tokenizer", "parsed"),  # needs the model hub
@@ -111,7 +112,7 @@ def make_project(folder: Path) -> None:
     folder.mkdir()
     for path in ROOT.iterdir():
         if path.is_dir() and (path.name == "configs" or any(path.glob("*.py"))) and not path.name.startswith("."):
-            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
         elif path.suffix in (".py", ".md", ".txt", ".toml") or path.name == "Makefile":
             shutil.copy(path, folder)
     for name, values in json_blocks().items():
@@ -182,6 +183,8 @@ def test_command(command: str, project: Path, tmp_path: Path, request: pytest.Fi
             check_make(project, command)
         case "environment of the Makefile":
             assert "-m venv .venv" in make(project, "make runtime-env")
+        case "compose file":
+            assert (ROOT / "docker-compose.yml").exists() and (ROOT / ".env.example").exists()
         case "viewer":
             request.getfixturevalue("results")
             assert list((project / command.split()[-1]).glob("events.out.tfevents.*"))

@@ -1,104 +1,43 @@
 """run_experiment.py on a real server: one run that is killed and cut off on its way, and what its record holds."""
 
-import contextlib
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import gridfs
 import pytest
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 from config import config_to_json, load_model_config
-from tests.mongo_server import MongoServer
+from tests.mongo_server import MongoServer, free_port
 from tests.test_user_errors import make_workspace
-from tests.workspace import Workspace
+from tests.tracked_run import (
+    Tracked,
+    ask_tensorboard,
+    children,
+    command,
+    main_of,
+    output,
+    read,
+    read_metrics,
+    start,
+    wait_for_step,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, CHECKPOINT = 600, 300
 OUTAGE = 20.0  # seconds
+OMNIBOARD = ROOT / "tracking" / "omniboard"
+SCREENSHOTS = ROOT / "runs" / "screenshots"  # kept, and not in git
 
 pytestmark = pytest.mark.slow
-
-
-def command(run: Workspace, *flags: str) -> list[str]:
-    return [sys.executable, "run_experiment.py", "--model", str(run.config_path), "--gpu_ids", "cpu:0", *flags]
-
-
-def start(run: Workspace, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    log = (run.directory / "output").open("w")
-    return subprocess.Popen(
-        command(run, *flags), cwd=ROOT, stdout=log, stderr=log, text=True, env={**os.environ, **environment}
-    )
-
-
-def output(run: Workspace) -> str:
-    return (run.directory / "output").read_text()
-
-
-def children(pid: int) -> dict[int, str]:
-    """{process id: command line} of what a process started."""
-    found = {}
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            found[int(child)] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return found
-
-
-def main_of(process: subprocess.Popen[str]) -> int:
-    return next(pid for pid, line in children(process.pid).items() if "/main.py " in line)
-
-
-def wait_for_step(run: Workspace, step: int, process: subprocess.Popen[str]) -> None:
-    give_up = time.monotonic() + 180
-    while True:
-        assert process.poll() is None and time.monotonic() < give_up, output(run)
-        try:
-            if any(f'{{"step": {number}, ' in read_metrics(run) for number in range(step, step + 50)):
-                return
-        except FileNotFoundError:
-            pass
-        time.sleep(0.01)
-
-
-def read_metrics(run: Workspace) -> str:
-    return (run.model_path / "metrics.jsonl").read_text()
-
-
-def ask_tensorboard(process: subprocess.Popen[str], run: Workspace) -> dict[str, Any]:
-    """What the TensorBoard of a run says of the losses it knows, where it listens, and its process."""
-    give_up = time.monotonic() + 120
-    while not (found := re.search(r"TensorBoard: http://127\.0\.0\.1:(\d+)/", output(run))):
-        assert process.poll() is None and time.monotonic() < give_up, output(run)
-        time.sleep(0.1)
-    url = f"http://127.0.0.1:{found[1]}/data/plugin/scalars/scalars?tag=loss&run=."
-    scalars: list[list[float]] = []
-    while len(scalars) < CHECKPOINT:  # it reads what is new every few seconds
-        assert process.poll() is None and time.monotonic() < give_up, output(run)
-        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(url, timeout=30) as answer:
-            scalars = json.load(answer)
-        time.sleep(0.5)
-    (pid,) = (pid for pid, line in children(process.pid).items() if "tensorboard.main" in line)
-    return {"scalars": scalars, "listens": listening_addresses(int(found[1])), "pid": pid}
-
-
-def listening_addresses(port: int) -> list[str]:
-    """The local addresses on which something listens at a port, as /proc/net writes them."""
-    lines = [
-        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    return [words[1].partition(":")[0] for words in lines if words[1].endswith(f":{port:04X}") and words[3] == "0A"]
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MongoServer]:
     server = MongoServer(tmp_path_factory.mktemp("mongodb"))
     yield server
     server.stop()
-
-
-@dataclass
-class Tracked:
-    """A finished run: its folder, its document, its metrics {name: document}, its files."""
-
-    run: Workspace
-    document: dict[str, Any]
-    metrics: dict[str, dict[str, Any]]
-    files: gridfs.GridFS
-    first_try: list[dict[str, float]]
-    tensorboard: dict[str, Any]
-
-
-def read(server: MongoServer, run: Workspace, **query: Any) -> Tracked:
-    database = server.client().sacred
-    (document,) = database.runs.find(query)
-    metrics = {metric["name"]: metric for metric in database.metrics.find({"run_id": document["_id"]})}
-    return Tracked(run, document, metrics, gridfs.GridFS(database), [], {})
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +62,7 @@ def tracked(server: MongoServer, tmp_path_factory: pytest.TempPathFactory) -> Tr
     first_try = [json.loads(line) for line in read_metrics(run).splitlines() if line.endswith("}")]
     server.stop()
     away = time.monotonic()
-    board = ask_tensorboard(process, run)
+    board = ask_tensorboard(process, run, CHECKPOINT)
     time.sleep(max(0.0, OUTAGE - (time.monotonic() - away)))
     server.start()
     assert process.wait(300) == 0, output(run)
@@ -233,6 +153,57 @@ def test_wandb_has_the_same_metrics(tracked: Tracked) -> None:
     assert history == expected
 
 
+@pytest.fixture
+def browser() -> str:
+    """The node that drives Chromium; the test is skipped where something is missing, or fails with REQUIRE_BROWSER."""
+    node = shutil.which("node")
+    missing = "Node.js" if node is None else None
+    if not (OMNIBOARD / "node_modules" / "playwright-core").is_dir():
+        missing = "what `make browser-env` installs"
+    if not os.environ.get("CHROMIUM") and not Path("/usr/bin/chromium").exists():
+        missing = "/usr/bin/chromium (or another one that CHROMIUM names)"
+    if missing:
+        (pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip)(f"{missing} is not there")
+    assert node is not None
+    return node
+
+
+@pytest.mark.browser
+def test_omniboard_shows_the_run(tracked: Tracked, server: MongoServer, browser: str, tmp_path: Path) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    port, login = free_port(), {"OMNIBOARD_USER": "visitor", "OMNIBOARD_PASSWORD": "pass word"}
+    settings = {**os.environ, **login, "MONGO_URI": server.uri, "PORT": str(port), "LISTEN_ADDRESS": "127.0.0.1"}
+    with (tmp_path / "omniboard.log").open("w") as log:
+        omniboard = subprocess.Popen([browser, OMNIBOARD / "start.js"], stdout=log, stderr=log, env=settings)
+    try:
+        give_up = time.monotonic() + 120
+        while subprocess.run([browser, OMNIBOARD / "healthcheck.js"], env=settings).returncode:
+            log_text = (tmp_path / "omniboard.log").read_text()
+            assert omniboard.poll() is None and time.monotonic() < give_up, log_text
+            time.sleep(0.5)
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/sacred/api/v1/Runs")
+        assert not [name for name in refused.value.headers if name.lower().startswith("access-control")]
+        url, *visitor = f"http://127.0.0.1:{port}/", *login.values()
+        script, profile = ROOT / "tests" / "omniboard_visit.js", tmp_path / "chromium"
+        words = [browser, str(script), url, "tiny", str(SCREENSHOTS), str(profile), *visitor]
+        visit = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert visit.returncode == 0, visit.stderr
+        seen = json.loads(visit.stdout)
+    finally:
+        omniboard.terminate()
+        omniboard.wait(30)
+    assert {str(tracked.document["_id"]), "tiny", "COMPLETED"} <= set(seen["row"])
+    for name, metric in tracked.metrics.items():  # the lines are drawn from these
+        curve = seen["curves"].get(name) or seen["curves"][f"{name}.unsmoothed"]
+        assert curve == {"x": metric["steps"], "y": metric["values"]}
+    assert len(seen["lines"]) >= len(tracked.metrics) and min(seen["lines"]) > 50  # pixels
+    assert '"lr":0.005\n' in seen["config"] and f'"train_steps":{STEPS}\n' in seen["config"]
+    assert all(artifact["name"] in seen["artifacts"] for artifact in tracked.document["artifacts"])
+    for name in ("metrics", "config", "artifacts"):
+        assert (SCREENSHOTS / f"{name}.png").stat().st_size > 10_000
+
+
 def test_a_signal_stops_the_run_with_a_checkpoint_and_no_orphan(server: MongoServer, tmp_path: Path) -> None:
     run = make_workspace(tmp_path, {"train_steps": 90_000}, {}, (1, "chunks"))
     process = start(run, "--experiment_name", "stopped", "--no_tensorboard", SACRED_MONGO_URI=server.uri)
@@ -240,7 +211,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_no_orphan(server: MongoSer
     started = children(process.pid)
     assert any("/main.py " in line for line in started.values())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM, output(run)
+    assert process.wait(300) == 128 + signal.SIGTERM, output(run)
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
     tracked = read(server, run, **{"experiment.name": "stopped"})
     assert tracked.document["status"] == "INTERRUPTED"
@@ -261,7 +232,7 @@ def test_a_mistake_is_a_failed_run_with_its_sentence_and_no_second_try(server: M
         server.uri,
         SACRED_MONGO_URI="mongodb://wrong",
     )
-    assert process.wait(120) == 2, output(run)
+    assert process.wait(300) == 2, output(run)
     document = read(server, run, **{"experiment.name": "mistaken"}).document
     assert document["status"] == "FAILED"
     assert "nothing_*" in "".join(document["fail_trace"]) and "nothing_*" in document["captured_out"]
@@ -292,7 +263,7 @@ def test_without_a_server_the_record_is_in_files(tmp_path: Path) -> None:
         "--no_tensorboard",
     )
     process = start(run, *flags)
-    assert process.wait(120) == 0, output(run)
+    assert process.wait(300) == 0, output(run)
     assert f"recording in files under {tmp_path}/records" in output(run)
     record = tmp_path / "records" / "1"
     assert json.loads((record / "run.json").read_text())["status"] == "COMPLETED"

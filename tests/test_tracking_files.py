@@ -2,17 +2,22 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tensorflow.compat.v1 as tf
+import tensorflow.compat.v2 as tf2
 
 import run_experiment
 from errors import UserError
 from tracking import provenance
 from tracking.addresses import Address, connect, find_address
 from tracking.artifacts import Artifacts
+from tracking.events_tail import EventsTail
 from tracking.experiment import resuming
 from tracking.metrics_tail import MOST_POINTS, MetricsTail, Point
 
@@ -72,6 +77,35 @@ def test_a_run_of_many_steps_is_thinned_out(tmp_path: Path) -> None:
     append(tmp_path / "metrics.jsonl", *training(*range(1, 10)))
     assert [point.step for point in tail.read()] == [3, 6, 9]
     assert tail.step == 9
+
+
+def test_metrics_of_a_tpu_are_read_from_events(tmp_path: Path) -> None:
+    def write(first: int, last: int) -> None:
+        with tf.Graph().as_default(), tf.Session() as session:  # as mtf's host call writes them
+            step, loss = tf.placeholder(tf.int64, []), tf.placeholder(tf.float32, [])
+            writer = tf2.summary.create_file_writer(str(tmp_path), filename_suffix=f".{first}")
+            with writer.as_default():
+                written = [tf2.summary.scalar(name, loss, step=step) for name in ("loss", "lr")]
+            session.run(writer.init())
+            for number in range(first, last + 1):
+                session.run(written, {step: number, loss: number / 4})
+            session.run(writer.flush())
+
+    write(1, 3)
+    tail = EventsTail(str(tmp_path), since=time.time(), tokens_per_batch=32, stride=1)
+    assert tail.read() == []  # an earlier run's
+    write(4, 6)
+    points = tail.read()
+    speeds = [point for point in points if point.name == "tokens_per_second"]
+    assert {point for point in points if point not in speeds} == {
+        Point(step, name, step / 4) for step in (4, 5, 6) for name in ("loss", "lr")
+    }
+    assert len(points) == 6 + len(speeds)
+    assert [point.step for point in speeds] == [5, 6] and all(point.value > 0 for point in speeds)
+    write(5, 7)  # two steps are made again
+    names = sorted((point.step, point.name) for point in tail.read())
+    assert names == [(7, "loss"), (7, "lr"), (7, "tokens_per_second")]
+    assert tail.read() == []
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -175,3 +209,9 @@ def test_a_checkout_tells_its_commit_and_no_password(tmp_path: Path) -> None:
     assert os.system(f"{run} && git remote add origin https://user:token@host/project.git") == 0
     state = provenance.git_state(tmp_path)
     assert state["url"] == "https://host/project.git" and len(state["commit"]) == 40 and state["dirty"] is False
+
+
+def test_nothing_of_tracking_needs_tensorflow() -> None:
+    modules = [f"tracking.{path.stem}" for path in (ROOT / "tracking").glob("[a-z]*.py")]
+    program = f"import sys, run_experiment, {', '.join(modules)}; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

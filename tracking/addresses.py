@@ -61,11 +61,10 @@ def compose_uri(values: Mapping[str, str]) -> str | None:
     password = values.get("SACRED_PASSWORD")
     if not password:
         return None
-    user = values.get("SACRED_USER") or "sacred"
     host = values.get("BIND_ADDRESS") or "127.0.0.1"
     host = "127.0.0.1" if host == "0.0.0.0" else host
     port = values.get("MONGO_PORT") or "27017"
-    return f"mongodb://{quote(user, safe='')}:{quote(password, safe='')}@{host}:{port}/sacred?authSource=admin"
+    return f"mongodb://sacred:{quote(password, safe='')}@{host}:{port}/sacred?authSource=admin"
 
 
 def without_password(uri: str) -> str:

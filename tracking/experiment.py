@@ -18,6 +18,7 @@ from config import ModelConfig
 from errors import UserError
 from tracking import provenance
 from tracking.artifacts import Artifacts
+from tracking.events_tail import EventsTail
 from tracking.files import version
 from tracking.metrics_tail import MetricsTail
 from tracking.processes import Signals
@@ -99,8 +100,11 @@ class Experiment:
 
         artifacts = Artifacts(add, copies, config.model_path, sacred_id, args.output)
 
+        # a TPU runs many steps before it returns to the host, so there main.py keeps no metrics.jsonl
+        events = EventsTail(config.model_path, self._since, config.tokens_per_batch, tail.stride) if args.tpu else None
+
         def watch() -> bool:
-            points = tail.read()
+            points = tail.read() + (events.read() if events else [])
             for point in points:
                 run.log_scalar(point.name, point.value, point.step)
             if self._wandb is not None:
