@@ -1,19 +1,23 @@
-"""Mesh-TensorFlow's mixture-of-experts layer, told so much that its results depend on nothing but its inputs.
+"""Products in which every row has a kernel of its own choice, and Mesh-TensorFlow's mixture-of-experts layer.
 
-Left to itself the layer draws from Python's `random`, cuts its groups to the mesh, and cannot train without a mask of
+Left to itself that layer draws from Python's `random`, cuts its groups to the mesh, and cannot train without a mask of
 what is padding. Here its caller makes the groups and the draws, and the layer runs in its evaluation form in training
 too: that form takes the same steps, and neither crashes nor adds summaries, which a TPU cannot have inside a loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
+from mesh.dense import rows_of
 from mesh.layout import MeshLayout
-from mesh.randomness import StatelessNormal
+from mesh.operations import SlicewiseOperation
+
+# What Mesh-TensorFlow's layer calls the batch, the experts and the features where it exchanges tokens; see
+# with_expert_rules for how they are split. The sequence goes with them here.
+BATCH, SEQUENCE, EXPERTS, FEATURES = "batch_unsplit", "sequence_unsplit", "expert_unsplit", "d_model_split"
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,15 @@ def top_2_experts(
     routing: Routing,
     activation: Callable[[mtf.Tensor], mtf.Tensor],
     variable_dtype: mtf.VariableDType,
-    seed: int,
     importance: mtf.Tensor | None = None,
 ) -> tuple[mtf.Tensor, mtf.Tensor]:
     """[groups, group, embd] -> (the same shape, balancing loss): each token through its two best experts.
 
     out = sum of gate_e * wo_e(activation(wi_e(x))) over the two (arXiv:2006.16668), the gates being a softmax
-    renormalized over both, in float32. Variables in the current scope: top_2_gating/kernel [embd, experts], wi/kernel
-    [experts, embd, hidden], wo/kernel [experts, hidden, embd], first drawn as Mesh-TensorFlow does but by `seed` and
-    their names. Where `importance` [groups, group] is 0 a position goes to no expert; elsewhere it is 1.
+    renormalized over both, in float32. The variables top_2_gating/kernel [embd, experts], wi/kernel [experts, embd,
+    hidden] and wo/kernel [experts, hidden, embd] of the current scope are those that the caller has made; the layer
+    would draw their first values by itself. Where `importance` [groups, group] is 0 a position goes to no expert;
+    elsewhere it is 1.
     """
     from mesh_tensorflow.transformer import moe  # here, because it takes most of a second and few models need it
 
@@ -74,41 +78,120 @@ def top_2_experts(
         moe_word_embed_mode=None,
         moe_use_experts_attention=False,
     )
-    with tf.variable_scope(tf.get_variable_scope(), custom_getter=_stateless_start(seed)):
-        return moe.transformer_moe_layer_v1(
-            x,
-            embd,
-            settings,
-            train=False,
-            variable_dtype=variable_dtype,
-            layout="",  # as if nothing were split, so that the groups stay as they came
-            mesh_shape="",
-            nonpadding=importance,
-            activation=activation,
+    return moe.transformer_moe_layer_v1(
+        x,
+        embd,
+        settings,
+        train=False,
+        variable_dtype=variable_dtype,
+        layout="",  # as if nothing were split, so that the groups stay as they came
+        mesh_shape="",
+        nonpadding=importance,
+        activation=activation,
+    )
+
+
+def _own_products(x: tf.Tensor, choice: tf.Tensor, kernel: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
+    """Slices [..., in], [...] and [experts, in, out] -> [..., out]; rows of other slices' experts are 0."""
+    rows, local = rows_of(x), tf.reshape(choice, [-1]) - start
+    positions = [tf.where(tf.equal(local, expert)) for expert in range(kernel.shape[0])]
+    products = [
+        tf.matmul(tf.gather_nd(rows, chosen), weights)
+        for chosen, weights in zip(positions, tf.unstack(kernel), strict=True)
+    ]
+    shape = [rows.shape[0], kernel.shape[2]]
+    out = tf.scatter_nd(tf.concat(positions, 0), tf.concat(products, 0), tf.constant(shape, tf.int64))
+    return tf.reshape(out, [*x.shape[:-1], kernel.shape[2]])
+
+
+def _all_products(x: tf.Tensor, choice: tf.Tensor, kernel: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
+    """The same on a TPU, where shapes are fixed: every row times every kernel, all but the chosen one times 0."""
+    rows, local = rows_of(x), tf.reshape(choice, [-1, 1]) - start
+    out = tf.add_n(
+        [
+            tf.matmul(tf.where_v2(tf.equal(local, expert), rows, tf.zeros_like(rows)), weights)
+            for expert, weights in enumerate(tf.unstack(kernel))
+        ]
+    )
+    return tf.reshape(out, [*x.shape[:-1], kernel.shape[2]])
+
+
+def two_best(scores: mtf.Tensor, least: float, choices: mtf.Dimension) -> tuple[mtf.Tensor, mtf.Tensor]:
+    """float32 `scores` [..., experts] -> (int32 experts, their gates), each [..., choices], the best one first.
+
+    The gates are a softmax renormalized over the two. A second expert whose gate is not above `least` is -1.
+    """
+    experts = scores.shape.dims[-1]
+    gates, best = mtf.top_k(mtf.softmax(scores, experts), experts, choices)
+    gates /= mtf.reduce_sum(gates, reduced_dim=choices)
+
+    def kept(best_: tf.Tensor, gates_: tf.Tensor) -> tf.Tensor:
+        second = best_[..., 1:]
+        return tf.concat([best_[..., :1], tf.where_v2(gates_[..., 1:] > least, second, -tf.ones_like(second))], -1)
+
+    chosen = SlicewiseOperation(kept, [best, gates], [(best.shape, tf.int32)], name="chosen_experts").outputs[0]
+    return chosen, gates
+
+
+def expert_product(x: mtf.Tensor, choice: mtf.Tensor, kernel: mtf.Tensor, name: str) -> mtf.Tensor:
+    """`x` [..., in] times the kernel of `kernel` [experts, in, out] that int32 `choice` [...] says: [..., out].
+
+    A choice of -1 gives 0. Only what is chosen is computed, except on a TPU. The kernel may be split over the mesh in
+    any way, but no dimension of `choice` over the axis of the experts.
+    """
+    experts, in_dim, out_dim = kernel.shape.dims
+    *tokens, last = x.shape.dims
+    assert tokens == choice.shape.dims and last == in_dim, (x.shape, choice.shape, kernel.shape)
+
+    def backward(fn: Callable[..., tf.Tensor], wanted: int) -> Callable[..., tf.Tensor]:
+        def slope(
+            x_: tf.Tensor, choice_: tf.Tensor, kernel_: tf.Tensor, dy: tf.Tensor, start: tf.Tensor | int
+        ) -> tf.Tensor:
+            # of this use alone: where layers share the kernel, x stems from an earlier one
+            inputs = tf.stop_gradient(x_), tf.stop_gradient(kernel_)
+            found = tf.gradients([fn(inputs[0], choice_, inputs[1], start)], [inputs[wanted]], [dy])[0]
+            return tf.convert_to_tensor(found)  # of gathered rows it is a list of slices
+
+        return slope
+
+    def gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
+        dx, d_kernel = (
+            SlicewiseOperation(
+                backward(_own_products, wanted),
+                [*op.inputs, grad_ys[0]],
+                [(of.shape, of.dtype)],
+                reduced_dims=reduced,
+                starts_of=[experts],
+                tpu_fn=backward(_all_products, wanted),
+                name=f"{name}_gradient",
+            ).outputs[0]
+            for wanted, of, reduced in ((0, x, [experts, out_dim]), (1, kernel, tokens))
         )
+        return [dx, None, d_kernel]
 
-
-def _stateless_start(seed: int) -> Callable[..., tf.Variable]:
-    """A custom_getter of tf.variable_scope that keys the truncated normal initial values by seed and name."""
-
-    def get(getter: Callable[..., tf.Variable], name: str, initializer: Any, **kwargs: Any) -> tf.Variable:
-        if isinstance(initializer, tf.truncated_normal_initializer):
-            initializer = StatelessNormal(initializer.stddev, seed, name, truncated=True)
-        return getter(name=name, initializer=initializer, **kwargs)
-
-    return get
+    return SlicewiseOperation(
+        _own_products,
+        [x, choice, kernel],
+        [(mtf.Shape([*tokens, out_dim]), x.dtype)],
+        reduced_dims=[experts, in_dim],
+        starts_of=[experts],
+        gradient=gradient,
+        tpu_fn=_all_products,
+        name=name,
+    ).outputs[0]
 
 
 def with_expert_rules(layout: MeshLayout) -> MeshLayout:
-    """`layout` with rules for the names that Mesh-TensorFlow's layer gives the dimensions of its own tensors.
+    """`layout` with rules for the names that the tensors of layers of experts have between them.
 
-    Between its two exchanges of tokens the layer calls the batch `batch_unsplit` and the features `d_model_split`.
-    Where the experts are not split over the batch's axis, the batch stays split; else every processor along that axis
-    would compute all of it. The features stay split as they are.
+    Where the experts are not split over its axis, the batch stays split, and so does the sequence outside training;
+    else every processor along that axis would compute all of it. The features stay split as they are.
     """
     rules = dict(layout.rules)
-    if "batch" in rules and rules["batch"] != rules.get("experts"):
-        rules["batch_unsplit"] = rules["batch"]
+    experts = [rules[dim] for dim in ("experts", "expert_hidden") if dim in rules]
+    for dim, name in (("batch", BATCH), ("sequence", SEQUENCE)):
+        if dim in rules and rules[dim] not in experts:
+            rules[name] = rules[dim]
     if "embd" in rules:
-        rules["d_model_split"] = rules["embd"]
+        rules[FEATURES] = rules["embd"]
     return replace(layout, rules=rules)

@@ -51,10 +51,10 @@ class Context:
         """The leading dimensions of every activation: [batch, sequence], or [batch] in a decoding step."""
         return [self.dims.batch] if self.decodes else [self.dims.batch, self.dims.sequence]
 
-    def normal(self, name: str, shape: list[mtf.Dimension], stddev: float) -> mtf.Tensor:
+    def normal(self, name: str, shape: list[mtf.Dimension], stddev: float, truncated: bool = False) -> mtf.Tensor:
         """The variable `name` in the current scope, drawn from normal(0, stddev) at the start of a run."""
         scope = tf.get_variable_scope().name
-        initializer = StatelessNormal(stddev, self.config.seed, f"{scope}/{name}")
+        initializer = StatelessNormal(stddev, self.config.seed, f"{scope}/{name}", truncated)
         return self._variable(name, shape, initializer)
 
     def constant(self, name: str, shape: list[mtf.Dimension], value: float) -> mtf.Tensor:

@@ -10,7 +10,7 @@ import tensorflow.compat.v1 as tf
 
 from config_moe import MoeParams
 from errors import UserError
-from mesh import mtf
+from mesh import experts, mtf
 from mesh.layout import check_layout, parse
 from mesh.randomness import make_key, uniform
 from models import gpt
@@ -161,6 +161,21 @@ def test_recomputing_routes_the_same(tmp_path: Path, drawn: Step) -> None:
 def test_microbatches_make_the_same_groups(tmp_path: Path) -> None:
     whole = first_step(tmp_path / "whole", **STEADY)
     assert_same(first_step(tmp_path / "cut", tokens_per_mb_per_replica=16, **STEADY), whole, 1e-6)
+
+
+def test_products_are_the_same_where_shapes_are_fixed() -> None:
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=[2, 4, 3]), random.normal(size=[2, 3, 5])  # the experts 1 and 2 of several
+    choice = np.array([[1, 2, 0, -1], [2, 2, 1, 3]], np.int32)
+    expected = np.zeros([2, 4, 5])
+    for place in np.ndindex(2, 4):
+        if choice[place] in (1, 2):
+            expected[place] = x[place] @ kernel[choice[place] - 1]
+    with tf.Graph().as_default(), tf.Session() as session:
+        inputs = [tf.constant(x), tf.constant(choice), tf.constant(kernel)]
+        for products in (experts._own_products, experts._all_products):
+            found = session.run(products(inputs[0], inputs[1], inputs[2], 1))
+            np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_outside_training_the_mesh_does_not_matter_either(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tensorflow.compat.v1 as tf
 from config import ModelConfig, load_model_config
 from mesh import mtf
 from mesh.devices import LocalDevices, local_mesh, use_graph_mode
+from mesh.experts import with_expert_rules
 from mesh.layout import MeshLayout, parse
 
 use_graph_mode()
@@ -48,7 +49,7 @@ class MtfSession:
     """An mtf graph on logical CPU devices; `run(fn)` builds `fn(mesh)`, lowers it and fetches what it returned."""
 
     def __init__(self, mesh_shape: str = "x:1", layout: str = ""):
-        self.layout: MeshLayout = parse(mesh_shape, layout, 1)
+        self.layout: MeshLayout = with_expert_rules(parse(mesh_shape, layout, 1))
         self.devices = cpu_devices(self.layout.size)
 
     def run(self, build: Callable[[mtf.Mesh], Any], weights: dict[str, np.ndarray] | None = None) -> Any:
