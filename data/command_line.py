@@ -9,6 +9,7 @@ from data.readers import ReadOptions
 from errors import Command, UserError, exits_cleanly
 
 _SHOWN = 10
+_KEPT = 1000
 
 
 def command(make_parser: Callable[[], argparse.ArgumentParser]) -> Callable[[Callable[..., int]], Command]:
@@ -60,17 +61,25 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Problems:
-    """What could not be read: kept to be told at the end, or with `strict` an error at once."""
+    """What could not be read: kept to be told at the end, or with `strict` an error at once.
+
+    Attributes:
+        count: how many files, members and lines were left out.
+        first: the first of them with the reasons.
+    """
 
     def __init__(self, strict: bool) -> None:
-        self.found: list[str] = []
+        self.count = 0
+        self.first: list[str] = []
         self._strict = strict
 
     def add(self, where: str, why: str) -> None:
         """Note a file, member or line that is left out; UserError if nothing may be."""
         if self._strict:
             raise UserError(f"{where}: {why}; mend or remove it, or leave out --strict to go on without it")
-        self.found.append(f"{where}: {why}")
+        self.count += 1
+        if self.count <= _KEPT:
+            self.first.append(f"{where}: {why}")
 
     def read_options(self, args: argparse.Namespace) -> ReadOptions:
         """Reading as the flags of `add_reading_flags` say."""
@@ -78,7 +87,7 @@ class Problems:
 
     def report(self) -> None:
         """Name the first ones, and count the others, on standard error."""
-        for problem in self.found[:_SHOWN]:
+        for problem in self.first[:_SHOWN]:
             print(f"left out: {problem}", file=sys.stderr)
-        if len(self.found) > _SHOWN:
-            print(f"left out: {len(self.found) - _SHOWN} more", file=sys.stderr)
+        if self.count > _SHOWN:
+            print(f"left out: {self.count - _SHOWN} more", file=sys.stderr)

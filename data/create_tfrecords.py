@@ -21,7 +21,7 @@ from data.command_line import add_reading_flags, command, integer
 from data.dataset_config import DEFAULT_CONFIG, plan_dataset_config
 from data.files import join, write_text
 from data.make_records import make_records
-from data.record_set import find_set, manifest_path
+from data.record_set import being_made, find_set, manifest_path
 from data.tfrecords_job import Job, make_job
 
 
@@ -134,14 +134,15 @@ def main(args: argparse.Namespace) -> int:
     records, *held_out = [join(job.output_dir, f"{name}_*.tfrecords") for name in job.part_names]
     eval_records = args.eval_path or (held_out[0] if held_out else "")
     config = plan_dataset_config(args.write_dataset_config, job.name, records, eval_records, job.plan["tokenizer"])
-    manifest, progress = find_set(job.output_dir, job.name, job.plan)
-    if manifest is not None:
-        print(f"{manifest_path(job.output_dir, job.name)} is complete and made by the same options: nothing to do")
-    else:
-        if job.new_tokenizer:
-            write_text(job.plan["tokenizer"]["path"], job.encoder.tokenizer_json)
-        manifest = make_records(job, progress)
-        _report_unknown(job)
+    with being_made(job.output_dir, job.name):
+        manifest, progress = find_set(job.output_dir, job.name, job.plan)
+        if manifest is not None:
+            print(f"{manifest_path(job.output_dir, job.name)} is complete and made by the same options: nothing to do")
+        else:
+            if job.new_tokenizer:
+                write_text(job.plan["tokenizer"]["path"], job.encoder.tokenizer_json)
+            manifest = make_records(job, progress)
+            _report_unknown(job)
     print(_summary(manifest))
     if config is not None:
         print(config.write())

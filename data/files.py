@@ -1,6 +1,7 @@
 """Files, local or behind a scheme that tf.io.gfile knows (gs://...). TensorFlow is imported only for the latter."""
 
 import contextlib
+import fcntl
 import io
 import os
 from collections.abc import Iterator
@@ -162,7 +163,31 @@ def _explained(path: str) -> Iterator[None]:
         with _as_os_errors() if is_remote(path) else contextlib.nullcontext():
             yield
     except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}); give a path that you may write") from error
+        raise UserError(f"{path} can't be written ({error.strerror}); put that right, or give another path") from error
+
+
+@contextlib.contextmanager
+def locked(path: str, what: str) -> Iterator[None]:
+    """Hold a local file that only one process can hold; it is gone afterwards, or taken over if the process is killed.
+
+    Raises:
+        UserError: another process holds it and so does `what`, which the message says.
+    """
+    while True:
+        with _explained(path):
+            file = open(path, "wb")  # noqa: SIM115  # closed below
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is {what}; wait until it has ended, or end it") from error
+            if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                continue  # whoever held it removed it in the meantime
+            try:
+                yield
+            finally:
+                os.remove(path)
+            return
 
 
 class OutputFile:

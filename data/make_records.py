@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import asdict
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from data.tfrecords_job import Job
 from errors import UserError
 
 _SAMPLE_CHARACTERS = 1 << 18  # of the input, by which tiktoken is compared: a quarter of a second
-_PROBLEMS_KEPT = 1000  # in the manifest
+_NAMES_KEPT = 1000  # in the manifest, of files of unknown format
 
 
 class _Part:
@@ -41,13 +42,14 @@ class _Part:
         Progress is kept from before the batch: whoever goes on from there makes its records again, and leaves out as
         many as the finished files hold.
         """
-        before = {"documents": self._end, "records": self._made, "state": self.cutter.state()}
+        before, end, made = copy(self.cutter), self._end, self._made
         records = self.cutter.cut(tokens)
         self._made += len(records.lengths)
         self._end = batch.end
         finished = self.writer.write(records)
         if finished:
-            self.progress = before | {"files": [file._asdict() for file in self.writer.files]}
+            files = [file._asdict() for file in self.writer.files]
+            self.progress = {"documents": end, "records": made, "state": before.state(), "files": files}
         return finished
 
 
@@ -138,9 +140,9 @@ def _results(job: Job, parts: list[_Part]) -> dict[str, Any]:
         | ({"parts": by_part} if job.split else {})
         | {
             "files": [file._asdict() for file in files],
-            "problem_count": len(job.problems.found),
-            "problems": job.problems.found[:_PROBLEMS_KEPT],
-            "files_of_unknown_format": job.others[:_PROBLEMS_KEPT],
+            "problem_count": job.problems.count,
+            "problems": job.problems.first,
+            "files_of_unknown_format": job.others[:_NAMES_KEPT],
         }
     )
 

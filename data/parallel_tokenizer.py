@@ -5,6 +5,7 @@ ftfy has to look at, at about 1 MB/s, is mended in Python, which threads can't s
 """
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -165,6 +166,7 @@ _worker: TextTokenizer | None = None  # a worker process's own, set once when it
 def _start_worker(tokenizer: TextTokenizer) -> None:
     global _worker
     _worker = tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

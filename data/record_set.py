@@ -4,11 +4,12 @@ It is written before the first token, with "complete": false, so that what an in
 what it is; again after each file, with all that is needed to go on behind it; and at the end with the results.
 """
 
+import contextlib
 import json
 from typing import Any, NamedTuple
 
 from config import read_text
-from data.files import exists, join, remove, size_of, write_text
+from data.files import exists, is_remote, join, locked, make_folder, remove, size_of, write_text
 from data.splitting import PARTS
 from data.tfrecord_writer import files_of
 from errors import UserError
@@ -37,6 +38,14 @@ def manifest_path(output_dir: str, name: str) -> str:
 def write_manifest(output_dir: str, name: str, manifest: dict[str, Any]) -> None:
     """Write the manifest, in place of the earlier one."""
     write_text(manifest_path(output_dir, name), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def being_made(output_dir: str, name: str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from making the same set; UserError if one does. Buckets know no such thing."""
+    if is_remote(output_dir):
+        return contextlib.nullcontext()
+    make_folder(output_dir)
+    return locked(join(output_dir, f"{name}.lock"), f"making the set {name} in {output_dir}")
 
 
 def part_names(name: str, is_split: bool) -> tuple[str, ...]:

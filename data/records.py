@@ -65,7 +65,10 @@ class Records(NamedTuple):
 
 
 class RecordCutter:
-    """Documents in, records out. What is pending between two batches counts as tail."""
+    """Documents in, records out. What is pending between two batches counts as tail.
+
+    `copy.copy` of a cutter is independent of it: what it holds is replaced, never changed.
+    """
 
     def __init__(self, options: RecordOptions, state: dict[str, Any] | None = None) -> None:
         """`state`: what an earlier cutter's `state` gave, to go on from there."""

@@ -22,7 +22,7 @@ from data.splitting import Split, parse_split
 from errors import UserError
 
 _MAX_DEFAULT_PROCESSES = 32  # beyond these, the one process that reads and writes is what the others wait for
-_BYTES_PER_PROCESS = 2_000_000  # about two seconds of work, what a process takes to start
+_BYTES_PER_PROCESS = 8_000_000  # two seconds of ftfy and tiktoken; a process takes one to start
 
 # The flags of which one says which tokenizer is meant.
 _TOKENIZERS = "--encoder_path, --use_gpt2_tokenizer, --tokenizer, and --vocab_file with --merges_file"

@@ -107,7 +107,7 @@ def _train(args: argparse.Namespace) -> Tokenizer:
     problems.report()
     if first is None:
         raise UserError(f"the input {args.base_dir} gave no document; give files that hold text")
-    print(f"learned from {documents:,} documents in {len(files):,} files, {len(problems.found):,} left out")
+    print(f"learned from {documents:,} documents in {len(files):,} files, {problems.count:,} left out")
     return tokenizer
 
 

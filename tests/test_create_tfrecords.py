@@ -180,6 +180,9 @@ def test_the_dataset_config_names_what_was_made(run: Run, tmp_path: Path, tokeni
         "padding_id": 1,
     }
     assert run("--write_dataset_config", str(path)) == 0
+    path.unlink()
+    assert run("--write_dataset_config", str(path), "--eval_path", "/records/held_*.tfrecords") == 0
+    assert json.loads(path.read_text())["eval_path"] == "/records/held_*.tfrecords" and "empty" not in run.out
     path.write_text("{}")
     assert run("--write_dataset_config", str(path)) == 2 and "exists with other content" in run.err
 

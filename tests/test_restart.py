@@ -135,23 +135,46 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(tmp_path: Path, token
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path, tokenizer_path: Path, run: Run):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, tokenizer_path: Path, run: Run, signum: int):
     documents = random_documents(20_000, seed=2)
     write_lines(tmp_path / "in", documents)
     flags = ["--files_per", "2000", "--no-ftfy"]
     arguments = ["--input_dir", run.input, "--output_dir", run.output, "--name", "set", "--processes", "2"]
     command = [sys.executable, "data/create_tfrecords.py", *map(str, arguments), *run.flags, *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     give_up = time.monotonic() + 100
     while not (run.output / "set_0_2000.tfrecords").exists():
         assert process.poll() is None and time.monotonic() < give_up
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)  # as Ctrl-C in a terminal does
+    else:
+        process.send_signal(signum)
+    errors = process.communicate(timeout=100)[1]
+    assert process.returncode == (130 if signum == signal.SIGINT else -signum)
+    assert "Traceback" not in errors
     assert len(workers) >= 2
     while any(os.path.exists(f"/proc/{worker}") for worker in workers):
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    assert run(*flags, processes=1) == 0
-    assert len(run.records()) == len(documents)
+    if signum == signal.SIGKILL:
+        assert run(*flags, processes=1) == 0
+        assert len(run.records()) == len(documents)
+
+
+def test_only_one_process_makes_a_set(run: Run):
+    write_texts(run.input, ["hello"])
+    assert run() == 0
+    holder = "import sys; sys.path.insert(0, '.'); from data.record_set import being_made; import time\n"
+    holder += "with being_made(sys.argv[1], 'set'): print('held', flush=True); time.sleep(100)"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(run.output)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert run() == 2 and f"another process is making the set set in {run.output}; wait" in run.err
+        assert run("--name", "other") == 0
+        other.kill()
+    assert (run.output / "set.lock").exists()
+    assert run() == 0 and not (run.output / "set.lock").exists()

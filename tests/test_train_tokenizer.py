@@ -92,6 +92,43 @@ def test_the_file_type_chooses_files(texts: Path, tmp_path: Path):
     assert [lengths["jsonl"][0], lengths["*.py"][1], lengths["txt"][2]] == [3, 5, 6]
 
 
+def test_a_dataset_config_for_the_records_to_come(texts: Path, tmp_path: Path, capsys):
+    output, config = tmp_path / "out", tmp_path / "mine.json"
+    flags = [
+        "--vocab_size",
+        "262",
+        "--write_dataset_config",
+        str(config),
+        "--path",
+        str(tmp_path / "train_*.tfrecords"),
+    ]
+    assert run(texts, output, *flags) == 0
+    assert f"dataset config: {config}; its eval_path is empty" in capsys.readouterr().out
+    assert json.loads(config.read_text()) == {
+        "n_vocab": 262,
+        "path": str(tmp_path / "train_*.tfrecords"),
+        "eval_path": "",
+        "tokenizer_path": str(output / OUTPUT_NAME),
+        "tokenizer_is_pretrained": False,
+        "eos_id": 0,
+        "padding_id": 1,
+    }
+    (output / OUTPUT_NAME).unlink()
+    assert run(texts, output, *flags) == 2 and "mine.json exists; give --overwrite" in capsys.readouterr().err
+    flags += ["--overwrite", "--eval_path", str(tmp_path / "heldout_*.tfrecords")]
+    assert run(texts, output, *flags) == 0
+    assert json.loads(config.read_text())["eval_path"] == str(tmp_path / "heldout_*.tfrecords")
+    assert "empty" not in capsys.readouterr().out
+
+
+def test_strictness_stops_at_what_cannot_be_read(texts: Path, tmp_path: Path, capsys):
+    (texts / "broken.jsonl.zst").write_bytes(b"not zstandard")
+    assert run(texts, tmp_path / "out", "--strict") == 2
+    assert "error: broken.jsonl.zst: " in capsys.readouterr().err and not (tmp_path / "out" / OUTPUT_NAME).exists()
+    assert run(texts, tmp_path / "out", "--vocab_size", "262") == 0
+    assert "in 2 files, 1 left out" in capsys.readouterr().out
+
+
 def test_mistakes_are_sentences(texts: Path, tmp_path: Path, capsys):
     (tmp_path / "empty").mkdir()
     (texts / "nothing.jsonl").write_text("")
@@ -99,6 +136,7 @@ def test_mistakes_are_sentences(texts: Path, tmp_path: Path, capsys):
         (["--vocab_size", "257"], "--vocab_size 257 must be at least 258"),
         (["--base_dir", str(tmp_path / "empty")], "has no file to read"),
         (["--file_type", "jsonl"], "gave no document"),
+        (["--write_dataset_config", "x.json"], "--write_dataset_config and --path belong together"),
     ):
         assert run(texts, tmp_path / "out", *flags) == 2
         error = capsys.readouterr().err.splitlines()[-1]
