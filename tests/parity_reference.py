@@ -9,6 +9,7 @@ checkpoint's variable names and shapes, and as `wrong/...` the logits of models 
 checkpoint on which these come out alike would prove nothing.
 """
 
+import copy
 import json
 import sys
 
@@ -44,7 +45,8 @@ def load_model(checkpoint: str, values: dict) -> GPTNeoForCausalLM:
         hidden_size=values["n_embd"],
         num_layers=values["n_layer"],
         num_heads=values["n_head"],
-        attention_types=[[["global"], values["n_layer"]]],
+        attention_types=values["attention_types"],
+        window_size=values["local_attention_radius"],
         intermediate_size=4 * values["n_embd"],
         activation_function="gelu_new",  # the tanh form
         resid_dropout=0.0,
@@ -84,17 +86,39 @@ def results(model: GPTNeoForCausalLM, inputs: np.ndarray, labels: np.ndarray, z_
     return found
 
 
-def wrong_logits(model: GPTNeoForCausalLM, inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Logits with gelu's exact form, and (on top of that) with queries divided by sqrt(features per head)."""
-    found = {}
+def widen_windows(model: GPTNeoForCausalLM) -> None:
+    """Let every position of local attention see one position more."""
+    for layer in model.transformer.h:
+        seen = layer.attn.attention.bias  # bool [1, 1, position, position looked at]
+        of_the_one_before = seen.roll(1, dims=2)
+        of_the_one_before[:, :, 0] = False
+        seen |= of_the_one_before
+
+
+def take_exact_gelu(model: GPTNeoForCausalLM) -> None:
+    """Take gelu's exact form instead of the one with tanh."""
     for layer in model.transformer.h:
         layer.mlp.act = torch.nn.GELU()
-    with torch.no_grad():
-        found["wrong/exact_gelu"] = model(torch.from_numpy(inputs.astype(np.int64))).logits.numpy()
-        for layer in model.transformer.h:
-            attention = layer.attn.attention
-            attention.q_proj.weight /= attention.head_dim**0.5
-        found["wrong/scaled_queries"] = model(torch.from_numpy(inputs.astype(np.int64))).logits.numpy()
+
+
+def scale_queries(model: GPTNeoForCausalLM) -> None:
+    """Divide queries by sqrt(features per head)."""
+    for layer in model.transformer.h:
+        attention = layer.attn.attention
+        attention.q_proj.weight /= attention.head_dim**0.5
+
+
+MISTAKES = {"wider_window": widen_windows, "exact_gelu": take_exact_gelu, "scaled_queries": scale_queries}
+
+
+def wrong_logits(model: GPTNeoForCausalLM, inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Logits with each of the mistakes."""
+    found = {}
+    for name, make in MISTAKES.items():
+        wrong = copy.deepcopy(model)
+        with torch.no_grad():
+            make(wrong)
+            found[f"wrong/{name}"] = wrong(torch.from_numpy(inputs.astype(np.int64))).logits.numpy()
     return found
 
 

@@ -34,7 +34,8 @@ SETTINGS = {
     "n_layer": N_LAYER,
     "n_ctx": N_CTX,
     "n_vocab": N_VOCAB,
-    "attention_types": [[["global"], N_LAYER]],
+    "attention_types": [[["global", "local"], 1]],
+    "local_attention_radius": 5,  # less than n_ctx, and no divisor of it
     "lr": 0.03,  # high, so that seconds of training take the weights to where gelu and the softmax bend
     "weight_decay": 0.1,
     "gradient_clipping": 1.0,
@@ -116,7 +117,7 @@ def test_logits(trained: Trained, ours: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(ours["logits"], trained.reference["logits"], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mistake", ["exact_gelu", "scaled_queries"])
+@pytest.mark.parametrize("mistake", ["wider_window", "exact_gelu", "scaled_queries"])
 def test_logits_would_tell_a_mistake(trained: Trained, mistake: str) -> None:
     difference = np.abs(trained.reference[f"wrong/{mistake}"] - trained.reference["logits"])
     assert difference.max() > 5 * TOLERANCE
