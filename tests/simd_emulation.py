@@ -16,6 +16,7 @@ from tensorflow.python.ops import collective_ops
 
 from mesh import mtf
 from mesh.layout import MeshLayout
+from tests.training_steps import Step, load, without_rewriting
 
 
 class Collectives:
@@ -95,39 +96,30 @@ def _emulated(monkeypatch: pytest.MonkeyPatch, core: int, size: int, group_keys:
         yield
 
 
-def without_rewriting(config: tf.ConfigProto) -> tf.ConfigProto:
-    """`config` for graphs that take longer to optimise than to run."""
-    config.graph_options.rewrite_options.disable_meta_optimizer = True
-    return config
-
-
-def run_steps(
+def emulated_losses(
     monkeypatch: pytest.MonkeyPatch,
     layout: MeshLayout,
-    build: Callable[[mtf.Mesh], tuple[mtf.Tensor, list[mtf.Operation]]],
+    build: Callable[[mtf.Mesh], Step],
     weights: dict[str, np.ndarray],
     steps: int,
 ) -> list[float]:
-    """The losses of `steps` steps on emulated cores; `build(mesh)` gives the loss and the updates of one step."""
+    """The losses of `steps` steps that `build(mesh)` describes, on emulated cores."""
     with tf.Graph().as_default():
         graph = mtf.Graph()
         mesh = mtf.Mesh(graph, "mesh")
-        loss, updates = build(mesh)
+        step = build(mesh)
         group_keys: dict[tuple[int, ...], int] = {}
         copies, losses, train = [], [], []
         for core in range(layout.size):
             with _emulated(monkeypatch, core, layout.size, group_keys):
                 lowering = mtf.Lowering(graph, {mesh: EmulatedCore(layout, core)}, autostack=False)
                 copies.append(lowering.copy_masters_to_slices())
-                losses.append(lowering.export_to_tf_tensor(loss))
-                train += [lowering.lowered_operation(update) for update in updates]
+                losses.append(lowering.export_to_tf_tensor(step.loss))
+                train += [lowering.lowered_operation(update) for update in step.updates]
         config = tf.ConfigProto(device_count={"CPU": layout.size}, inter_op_parallelism_threads=4 * layout.size)
         with tf.Session(config=without_rewriting(config)) as session:
-            session.run(tf.global_variables_initializer())
+            load(weights, session)
             session.run(tf.variables_initializer(tf.get_collection("slices")))
-            for variable in tf.global_variables():
-                if variable.op.name in weights:
-                    variable.load(weights[variable.op.name], session)
             session.run(copies)
             found = [session.run([losses, train])[0] for _ in range(steps)]
     for on_cores in found:

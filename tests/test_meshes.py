@@ -1,0 +1,58 @@
+"""One model, any mesh: losses, gradients and weights after 30 steps are those of one device."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_config
+from tests.training_steps import Steps, run_steps
+
+STEPS = 30
+# A larger epsilon than usual: where a gradient is nearly 0, Adam would make a whole step of its rounding.
+PLAIN = {
+    "n_layer": 1, "attention_types": [[["global"], 1]], "epsilon": 1e-5, "embed_dropout": 0.1, "res_dropout": 0.1,
+    "attn_dropout": 0.1, "train_batch_size": 4,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "experts": PLAIN | {"moe_layers": [0], "moe_params": {"moe_num_experts": 4, "moe_hidden_size": 8}},
+}
+MESHES = [
+    ("plain", "x:2", "batch:x"),
+    ("plain", "x:2", "heads:x,vocab:x,intermediate_expanded:x"),
+    *(
+        ("plain", "x:2,y:2", f"batch:x,{split}")
+        for split in (
+            *("heads:y", "embd:y", "vocab:y", "intermediate_expanded:y", "memory_length:y", "sequence:y"),
+            *("heads:y,vocab:y", "heads:y,intermediate_expanded:y", "vocab:y,intermediate_expanded:y"),
+            *("embd:y,memory_length:y", "memory_length:y,vocab:y", "memory_length:y,intermediate_expanded:y"),
+        )
+    ),
+    ("plain", "x:4,y:2", "batch:x,heads:y,vocab:y,intermediate_expanded:y"),
+    ("plain", "x:2,y:4", "batch:x,embd:y,memory_length:y"),
+    ("experts", "x:2,y:2", "batch:x,experts:y"),
+    ("experts", "x:2,y:2", "batch:x,experts:x,heads:y"),
+]
+
+
+@cache
+def on_one_device(directory: Path, model: str) -> Steps:
+    return run_steps(tiny_config(directory, **MODELS[model]), "x:1", "", STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "mesh_shape", "rules"), MESHES)
+def test_a_mesh_computes_what_one_device_computes(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model: str, mesh_shape: str, rules: str
+) -> None:
+    one = on_one_device(tmp_path_factory.getbasetemp(), model)
+    several = run_steps(tiny_config(tmp_path, **MODELS[model]), mesh_shape, rules, STEPS)
+    assert one.losses[-1] < one.losses[0] - 0.5
+    np.testing.assert_allclose(several.losses, one.losses, atol=1e-5)
+    for name, gradient in one.gradients.items():
+        np.testing.assert_allclose(several.gradients[name], gradient, atol=1e-5, err_msg=name)
+    for name, weight in one.weights.items():
+        np.testing.assert_allclose(several.weights[name], weight, atol=1e-4, err_msg=name)
