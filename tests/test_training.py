@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
-from tests.workspace import Workspace
+from tests.workspace import Workspace, save_tokenizer
 
 DROPOUT = {"embed_dropout": 0.1, "res_dropout": 0.1, "attn_dropout": 0.1}
 
@@ -35,38 +35,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-MESHES = [
-    ("x:2,y:2", "sequence:x,memory_length:y"),
-    ("x:4", "batch:x"),
-    ("x:2,y:2", "batch:x,heads:y,intermediate_expanded:y,vocab:y"),
-    ("x:2,y:2", "batch:x,embd:y"),
-]
+FOUR = ("--gpu_ids", "cpu:0", "cpu:1", "/device:CPU:2", "device:cpu:3")
+HEADS = (*FOUR, "--mesh_shape", "x:2,y:2", "--layout", "batch:x,heads:y,intermediate_expanded:y,vocab:y")
+WIDTH = (*FOUR, "--mesh_shape", "x:2,y:2", "--layout", "batch:x,embd:y,memory_length:y")
 
 
 @pytest.mark.slow
-def test_several_devices_give_the_losses_of_one(tmp_path: Path) -> None:
+def test_a_model_moves_from_mesh_to_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes: dict[str, Any] = {
         "n_layer": 1,
         "attention_types": [[["global"], 1]],
-        "train_steps": 5,
+        "train_steps": 6,
         "epsilon": 1e-5,
+        "gradient_clipping": 0.5,
+        "weight_decay": 0.1,
         **DROPOUT,
     }
-    changes |= {"gradient_clipping": 0.5, "weight_decay": 0.1}
-    (tmp_path / "one").mkdir()
-    one = Workspace(tmp_path / "one", **changes)
+    for name in ("one", "several"):
+        (tmp_path / name).mkdir()
+    one, several = Workspace(tmp_path / "one", **changes), Workspace(tmp_path / "several", **changes)
     assert one.main("--gpu_ids", "device:CPU:0") == 0
-    for number, (mesh_shape, layout) in enumerate(MESHES):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        several = Workspace(directory, mesh_shape=mesh_shape, layout=layout, **changes)
-        assert several.main("--gpu_ids", "cpu:0", "cpu:1", "/device:CPU:2", "device:cpu:3") == 0
-        for key in ("loss", "grad_norm"):
-            got, expected = ([line[key] for line in run.metrics()] for run in (several, one))
-            np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"{layout} {key}")
-        weights = several.weights()
-        for name, value in one.weights().items():
-            np.testing.assert_allclose(weights[name], value, atol=1e-4, err_msg=f"{layout} {name}")
+    for steps, devices in ((2, HEADS), (4, ("--gpu_ids", "cpu:0")), (6, WIDTH)):
+        assert several.main("--set", f"train_steps={steps}", "--set", "lr_decay_end=6", *devices) == 0
+    for key in ("loss", "grad_norm"):
+        got, expected = ([line[key] for line in run.metrics()] for run in (several, one))
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=key)
+    weights = several.weights()
+    for name, value in one.weights().items():
+        np.testing.assert_allclose(weights[name], value, atol=1e-4, err_msg=name)
+
+    capsys.readouterr()
+    results = []
+    for devices in (("--gpu_ids", "cpu:0"), HEADS):
+        assert several.main("--eval", *devices) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], abs=1e-5)
+    assert results[1]["tokens"] == results[0]["tokens"]
+
+    (tmp_path / "prompts").write_text("w3 w4 w5")
+    values = json.loads(several.config_path.read_text())
+    tokenizer = {"id": "words", "path": values["datasets"][0][0], "tokenizer_path": save_tokenizer(tmp_path)}
+    datasets = json.dumps([[tokenizer, 1, "chunks", 1.0]])
+    texts = []
+    for devices in (("--gpu_ids", "cpu:0"), HEADS):  # one prompt, where the batch is split in two
+        flags = ("--prompt", str(tmp_path / "prompts"), "--temperature", "0", "--set", f"datasets={datasets}")
+        assert several.main("--predict", *flags, *devices) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].count("w") > 3
+    assert texts[1] == texts[0]
 
 
 def test_evaluation_and_checkpoints_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
