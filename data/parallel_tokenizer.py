@@ -5,12 +5,15 @@ ftfy has to look at, at about 1 MB/s, is mended in Python, which threads can't s
 """
 
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import NamedTuple
@@ -101,18 +104,23 @@ class TokenizerPool:
         self._tokenizer = tokenizer
         self._processes = processes
         self._executor: ProcessPoolExecutor | None = None
+        self._resources = ExitStack()
 
     def __enter__(self) -> "TokenizerPool":
         if self._processes > 1:
+            # The workers read the tokenizer from a file. Were it given to them as they start, this process would wait
+            # for ever for one to take it all that dies before: it is more than a pipe holds.
+            file = self._resources.enter_context(tempfile.NamedTemporaryFile())
+            pickle.dump(self._tokenizer, file)
+            file.flush()
             # Spawned rather than forked: a fork would copy TensorFlow's and tqdm's threads in whatever state they are.
-            self._executor = ProcessPoolExecutor(
-                self._processes, get_context("spawn"), _start_worker, (self._tokenizer,)
-            )
+            self._executor = ProcessPoolExecutor(self._processes, get_context("spawn"), _start_worker, (file.name,))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        with self._resources:
+            if self._executor is not None:
+                self._executor.shutdown(cancel_futures=True)
 
     def run(self, batches: Iterable[TextBatch]) -> Iterator[tuple[TextBatch, TokenBatch]]:
         """Each batch, its texts let go of, and its tokens, in order: the same for any number of processes.
@@ -163,9 +171,10 @@ def batches_of(documents: Iterable[tuple[int, int, str]]) -> Iterator[TextBatch]
 _worker: TextTokenizer | None = None  # a worker process's own, set once when it starts
 
 
-def _start_worker(tokenizer: TextTokenizer) -> None:
+def _start_worker(path: str) -> None:
     global _worker
-    _worker = tokenizer
+    with open(path, "rb") as file:
+        _worker = pickle.load(file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -16,6 +16,7 @@ from data.record_bytes import frame_records
 from data.records import Account, RecordCutter, RecordOptions
 from data.tfrecord_writer import RecordSetWriter
 from data.train_tokenizer import train_tokenizer
+from errors import UserError
 from tests.tfrecords_run import TEXT, read_records
 
 
@@ -136,6 +137,14 @@ def test_files_hold_so_many_records_each_and_are_described(tmp_path: Path):
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     return Encoder(train_tokenizer([TEXT] * 3, vocab_size=290).to_str())
+
+
+def test_a_worker_that_dies_as_it_starts_is_an_error_and_no_wait(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+    large = Encoder(encoder.tokenizer_json + " " * 1_000_000)  # more than a pipe holds
+    with TokenizerPool(TextTokenizer(large, TextOptions()), 2) as pool:
+        monkeypatch.setattr("multiprocessing.spawn._python_exe", b"/bin/false")
+        with pytest.raises(UserError, match="one of the 2 tokenising processes was killed"):
+            list(pool.run(batches_of([(0, 0, "text")])))
 
 
 def test_decoded_tokens_are_the_texts_whatever_the_processes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
