@@ -13,6 +13,7 @@ from mesh import mtf
 from mesh.devices import LocalDevices, local_mesh, tpu_mesh
 from mesh.experts import with_expert_rules
 from mesh.layout import MeshLayout
+from mesh.operations import one_at_a_time
 from mesh.randomness import fold_in, make_key
 from models import gpt
 from models.context import Context
@@ -159,7 +160,7 @@ def _gradients(
     def microbatch(batch: dict[str, mtf.Tensor]) -> dict[str, mtf.Tensor]:
         return mean_losses(batch, microbatch_dims, fold_in(key, mtf.reduce_max(batch["microbatch"])))
 
-    return mtf.serialize_training_step(features | {"microbatch": rows}, microbatch, dims.batch, count)
+    return one_at_a_time(*mtf.serialize_training_step(features | {"microbatch": rows}, microbatch, dims.batch, count))
 
 
 def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow.compat.v1 as tf
+from mesh_tensorflow.ops import WhileLoopOperation
 from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
 
 from mesh import mtf
@@ -24,6 +25,19 @@ def rename(x: mtf.Tensor, old: str, new: str) -> mtf.Tensor:
     """
     between = f"renamed_{new}"
     return mtf.rename_dimension(mtf.rename_dimension(x, old, between), between, new)
+
+
+def one_at_a_time(
+    gradients: list[mtf.Tensor], outputs: dict[str, mtf.Tensor]
+) -> tuple[list[mtf.Tensor], dict[str, mtf.Tensor]]:
+    """What `mtf.serialize_training_step` returned, with a loop that ends one microbatch before it begins the next.
+
+    Left to itself TensorFlow begins ten at once, as none waits for another, and they save no memory.
+    """
+    loop = gradients[0].operation
+    assert isinstance(loop, WhileLoopOperation), loop
+    loop._tf_kwargs["parallel_iterations"] = 1
+    return gradients, outputs
 
 
 def slice_start(mesh_impl: mtf.MeshImpl, dim: mtf.Dimension) -> Any:

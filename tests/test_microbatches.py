@@ -38,6 +38,8 @@ def first_step(
     with tf.Graph().as_default():
         features = {"inputs": tf.constant(TOKENS[:, :-1]), "labels": tf.constant(labels)}
         spec = train_spec(run, features, {"batch_size": BATCH})
+        for operation in tf.get_default_graph().get_operations():  # of a loop: no microbatch before the last one ended
+            assert operation.type != "Enter" or operation.get_attr("parallel_iterations") == 1, operation.name
         hooks = {type(hook): hook for hook in spec.training_hooks}
         restore, save = hooks[mtf.MtfRestoreHook], hooks[CheckpointHook]
         restore.begin()
