@@ -18,8 +18,8 @@ def read_parquet(stream: BinaryIO, where: str, options: ReadOptions) -> Iterator
         from pyarrow import parquet
     except ImportError as error:
         raise UserError(
-            f"{where} is a Parquet file, and pyarrow, which reads these, is not installed: "
-            "run `pip install pyarrow`, or leave the file out"
+            f"{where} is a Parquet file, which pyarrow reads, and that can't be imported ({reason(error)}); "
+            'run `pip install "pyarrow<26"` (26 needs NumPy 2), or take the file away'
         ) from error
     try:
         table = parquet.ParquetFile(stream if is_whole_file(stream) else io.BytesIO(stream.read()))
