@@ -99,23 +99,28 @@ def test_training_routes_as_the_paper_does(tmp_path: Path) -> None:
     weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     policies = ("all", "none", "threshold", "random")
 
+    def layer(mesh: mtf.Mesh, key: mtf.Tensor | None, **settings: Any) -> tuple[mtf.Tensor, ...]:
+        params = SETTINGS | settings
+        config = tiny_config(tmp_path, n_embd=EMBD, n_head=1, n_ctx=LENGTH, moe_layers=[0], moe_params=params)
+        dims = make_dims(config, BATCH)
+        ctx = Context(config, mesh, dims, mtf.VariableDType(tf.float32), dropout_key=key).in_layer(0)
+        with tf.variable_scope("layer", reuse=tf.AUTO_REUSE):
+            return mixture(ctx, mtf.import_tf_tensor(mesh, x, mtf.Shape([*ctx.activation_dims, dims.embd])))
+
     def build(mesh: mtf.Mesh) -> dict[str, Any]:
-        found: dict[str, Any] = {}
         key = make_key(mesh, 1, 0)
-        for policy in policies:
-            params = SETTINGS | {"moe_second_policy_train": policy, "moe_use_second_place_loss": int(policy == "all")}
-            config = tiny_config(tmp_path, n_embd=EMBD, n_head=1, n_ctx=LENGTH, moe_layers=[0], moe_params=params)
-            dims = make_dims(config, BATCH)
-            ctx = Context(config, mesh, dims, mtf.VariableDType(tf.float32), dropout_key=key).in_layer(0)
-            with tf.variable_scope("layer", reuse=tf.AUTO_REUSE):
-                found[policy] = mixture(
-                    ctx, mtf.import_tf_tensor(mesh, x, mtf.Shape([*ctx.activation_dims, dims.embd]))
-                )
+        found: dict[str, Any] = {
+            policy: layer(mesh, key, moe_second_policy_train=policy, moe_use_second_place_loss=int(policy == "all"))
+            for policy in policies
+        }
+        found["room"] = layer(mesh, key, moe_capacity_factor_train=EXPERTS, moe_second_policy_train="all")
+        found["outside training"] = layer(mesh, None)
         groups = mtf.Shape([mtf.Dimension("batch", GROUPS * BATCH), mtf.Dimension("group", GROUP)])
         return found | {"draws": uniform(key, groups, "h0/moe/second_choice")}
 
     found = MtfSession().run(build, {f"layer/{name}": value for name, value in weights.items()})
     draws = found["draws"].reshape(BATCH, GROUPS * GROUP)
+    np.testing.assert_allclose(found["room"][0], found["outside training"][0], atol=1e-5)
     assert len({found[policy][0].tobytes() for policy in policies}) == len(policies)
     for policy in policies:
         out, loss = np.zeros_like(x), []
