@@ -200,6 +200,17 @@ def test_command(command: str, project: Path, tmp_path: Path, request: pytest.Fi
             pytest.fail(f"{command!r} is {other}: add its shape to HANDLING")
 
 
+def check_record(record: Path, model_path: Path) -> None:
+    """That a record in files is that of the run in `model_path`."""
+    assert json.loads((record / "run.json").read_text())["status"] == "COMPLETED"
+    assert json.loads((record / "config.json").read_text())["model_path"] == "runs/mine_tracked"
+    lines = [json.loads(line) for line in (model_path / "metrics.jsonl").read_text().splitlines()]
+    for name, metric in json.loads((record / "metrics.json").read_text()).items():
+        assert dict(zip(metric["steps"], metric["values"], strict=True)) == {line["step"]: line[name] for line in lines}
+    assert (record / "final_config.json").read_bytes() == (model_path / "config.json").read_bytes()
+    assert "trained to step 4" in (record / "cout.txt").read_text()
+
+
 @pytest.mark.slow
 def test_what_the_commands_leave_behind(project: Path, results: dict[str, dict[str, Any]]) -> None:
     metrics = [json.loads(line) for line in (project / "runs/quickstart/model/metrics.jsonl").read_text().splitlines()]
@@ -210,7 +221,7 @@ def test_what_the_commands_leave_behind(project: Path, results: dict[str, dict[s
     )
     for name in ("mine", "mine_slower", "mine_mesh", "mine_tracked"):
         assert (project / "runs" / name / "model.ckpt-4.index").exists()
-    assert json.loads((project / "runs/sacred/1/run.json").read_text())["status"] == "COMPLETED"
+    check_record(project / "runs/sacred/1", project / "runs/mine_tracked")
     assert len((project / "runs/mine/continuations.jsonl").read_text().splitlines()) == 2
     shown = fenced("text")[0]
     summary = next(result["stdout"] for command, result in results.items() if "summarize.py" in command)

@@ -239,7 +239,7 @@ def test_a_mistake_is_a_failed_run_with_its_sentence_and_no_second_try(server: M
     assert output(run).count("error: ") == 1 and "Traceback" not in output(run)
 
 
-def test_a_wrong_password_is_a_sentence_at_once(server: MongoServer, tmp_path: Path) -> None:
+def test_where_nothing_can_be_recorded_nothing_is_started(server: MongoServer, tmp_path: Path) -> None:
     run = make_workspace(tmp_path, {}, {}, (1, "chunks"))
     wrong = server.uri.replace("word@", "@")
     finished = subprocess.run(command(run, "--mongo_uri", wrong), cwd=ROOT, capture_output=True, text=True)
@@ -248,27 +248,8 @@ def test_a_wrong_password_is_a_sentence_at_once(server: MongoServer, tmp_path: P
         "error: MongoDB refuses the user or password of --mongo_uri 'mongodb://sacred:***@"
     )
     assert len(finished.stderr.splitlines()) == 1
+    flags = ("--mongo_uri", "", "--record_dir", str(run.config_path), "--no_tensorboard")
+    finished = subprocess.run(command(run, *flags), cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert "error: the record of this run cannot be begun" in finished.stderr and "Traceback" not in finished.stderr
     assert not run.model_path.exists()
-
-
-def test_without_a_server_the_record_is_in_files(tmp_path: Path) -> None:
-    run = make_workspace(tmp_path, {"train_steps": 3}, {}, (1, "chunks"))
-    flags = (
-        "--mongo_uri",
-        "",
-        "--record_dir",
-        str(tmp_path / "records"),
-        "--experiment_name",
-        "bare",
-        "--no_tensorboard",
-    )
-    process = start(run, *flags)
-    assert process.wait(300) == 0, output(run)
-    assert f"recording in files under {tmp_path}/records" in output(run)
-    record = tmp_path / "records" / "1"
-    assert json.loads((record / "run.json").read_text())["status"] == "COMPLETED"
-    assert json.loads((record / "config.json").read_text())["train_steps"] == 3
-    metrics = json.loads((record / "metrics.json").read_text())
-    assert metrics["loss"]["steps"] == [1, 2, 3] and metrics["loss"]["values"] == run.losses()
-    assert (record / "final_config.json").read_bytes() == (run.model_path / "config.json").read_bytes()
-    assert "trained to step 3" in (record / "cout.txt").read_text()

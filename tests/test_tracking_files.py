@@ -125,9 +125,12 @@ def test_files_of_predictions_are_recorded_once_each(tmp_path: Path, scheme: str
     (model / "predictions_3_20.txt").write_text("twenty")
     (model / "predictions_4_20.txt").write_text("another run's")
     assert artifacts.record_predictions() and not artifacts.record_predictions()
-    artifacts.record_config()  # no run wrote it
+    artifacts.record_config(is_ours=False)  # a failed run that did not come to write it
+    assert len(recorded) == 1
+    artifacts.record_config(is_ours=True)
+    assert recorded.pop()[1] == b"{}"
     (model / "config.json").write_text('{"lr": 1}')
-    artifacts.record_config()
+    artifacts.record_config(is_ours=False)
     assert recorded == [
         ("predictions_3_20.txt", b"twenty", "text/plain"),
         ("final_config.json", b'{"lr": 1}', "application/json"),

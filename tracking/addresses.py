@@ -62,7 +62,7 @@ def compose_uri(values: Mapping[str, str]) -> str | None:
     if not password:
         return None
     host = values.get("BIND_ADDRESS") or "127.0.0.1"
-    host = "127.0.0.1" if host == "0.0.0.0" else host
+    host = "127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host
     port = values.get("MONGO_PORT") or "27017"
     return f"mongodb://sacred:{quote(password, safe='')}@{host}:{port}/sacred?authSource=admin"
 

@@ -37,8 +37,10 @@ class Artifacts:
         recorded = [self._record(path, os.path.basename(path)) for path in self._predictions()]
         return any(recorded)
 
-    def record_config(self) -> bool:
-        """Record the config that the run left in model_path."""
+    def record_config(self, is_ours: bool) -> bool:
+        """Record the config in model_path, if the run wrote it or `is_ours` says that it is that of its model."""
+        if is_ours:
+            self._known.pop(self._config, None)
         return self._record(self._config, FINAL_CONFIG)
 
     def _record(self, path: str, name: str) -> bool:

@@ -19,7 +19,7 @@ from errors import UserError
 from tracking import provenance
 from tracking.artifacts import Artifacts
 from tracking.events_tail import EventsTail
-from tracking.files import version
+from tracking.files import is_remote, version
 from tracking.metrics_tail import MetricsTail
 from tracking.processes import Signals
 from tracking.recording import record
@@ -31,6 +31,7 @@ from tracking.wandb_sink import WandbSink
 logger = logging.getLogger(__name__)
 
 _OTHER_ACTIONS = ("eval", "predict", "check_dataset", "export", "auto_layout", "auto_layout_and_mesh_shape")
+_WATCH_LOCAL, _WATCH_REMOTE = 1.0, 10.0  # seconds between looks at what main.py wrote
 _MAIN = str(Path(__file__).resolve().parent.parent / "main.py")
 
 
@@ -125,7 +126,7 @@ class Experiment:
         finally:
             if supervisor.restarts:
                 run.info["restarts"] = supervisor.restarts
-            undisturbed(artifacts.record_config)()
+            undisturbed(lambda: artifacts.record_config(is_ours=code == 0))()
             if self._wandb is not None:
                 self._wandb.finish(code)
         return latest
@@ -141,7 +142,8 @@ class Experiment:
         )
         # --check_dataset says with exit code 1 that the datasets do not fit; anything else would be a crash
         final = (MISTAKE, 1) if args.check_dataset else (MISTAKE,)
-        return Supervisor(limits, self._signals, self._transcript, watch, final, args.recreate_command)
+        every = _WATCH_REMOTE if is_remote(self._config.model_path) else _WATCH_LOCAL
+        return Supervisor(limits, self._signals, self._transcript, watch, final, args.recreate_command, every)
 
     def _trains(self) -> bool:
         return not any(getattr(self._args, action) for action in _OTHER_ACTIONS)

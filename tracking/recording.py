@@ -46,13 +46,14 @@ def record(
     experiment.sources = sources(ROOT, git)
     experiment.mainfile = next(source for source in experiment.sources if source.filename == str(_COMMAND))
     experiment.logger = logging.getLogger("sacred")
-    experiment.logger.setLevel(logging.WARNING)
+    experiment.logger.setLevel(logging.CRITICAL)  # a record that cannot be begun is the caller's to explain
     experiment.add_config(json.loads(config_to_json(config)))
     experiment.observers.append(observer)
     experiment.captured_out_filter = lambda _: transcript.text()
 
     @experiment.main
     def main(_run: Run) -> Any:
+        experiment.logger.setLevel(logging.WARNING)
         try:
             return work(_run)
         finally:  # Sacred's last look at the output would be before an error

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tracking.processes import Signals, end, send, start
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 MISTAKE = 2  # main.py's exit code for what only its user can put right
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _LONGEST_WAIT = 600.0  # seconds between tries
-_POLL, _WATCH = 0.1, 1.0  # seconds between looks at the process, and at its files
+_POLL = 0.1  # seconds between looks at the process
 
 
 class Interrupted(KeyboardInterrupt):
@@ -86,9 +86,9 @@ class Supervisor:
         watch: Callable[[], bool],
         final_codes: Sequence[int] = (MISTAKE,),
         recreate: str | None = None,
-        environment: Mapping[str, str] | None = None,
+        watch_every: float = 1.0,
     ):
-        """`watch` records what is new in main.py's files and tells whether anything was.
+        """`watch`, called every so many seconds, records what is new in main.py's files and tells whether anything was.
 
         A try that ends with one of `final_codes` is the last. `recreate` is a shell command run between tries.
         """
@@ -98,7 +98,7 @@ class Supervisor:
         self._watch = watch
         self._final_codes = final_codes
         self._recreate = recreate
-        self._environment = {"PYTHONUNBUFFERED": "1", **(environment or {})}
+        self._watch_every = watch_every
         self.restarts: list[str] = []  # why each of them was necessary
 
     def run(self, command: Sequence[str], resume: Sequence[str], may_resume: Callable[[], bool] = lambda: True) -> None:
@@ -153,7 +153,7 @@ class Supervisor:
 
     def _try(self, command: Sequence[str], watched: bool = True) -> tuple[bool, _End]:
         """Run a command to its end: (whether it made progress, how it ended)."""
-        process = start(command, self._environment)
+        process = start(command, {"PYTHONUNBUFFERED": "1"})
         assert process.stdout is not None and process.stderr is not None
         pumps = [
             Pump(process.stdout, sys.stdout, self._transcript),
@@ -186,7 +186,7 @@ class Supervisor:
             time.sleep(_POLL)
             now = time.monotonic()
             if now >= next_look:
-                next_look = now + _WATCH
+                next_look = now + self._watch_every
                 if watched and self._watch():
                     progress, last_life = True, now
             last_life = max(last_life, *(pump.last_write for pump in pumps))
