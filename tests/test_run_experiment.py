@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -172,15 +173,17 @@ def browser() -> str:
 def test_omniboard_shows_the_run(tracked: Tracked, server: MongoServer, browser: str, tmp_path: Path) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     port, login = free_port(), {"OMNIBOARD_USER": "visitor", "OMNIBOARD_PASSWORD": "pass word"}
-    settings = {**os.environ, **login, "MONGO_URI": server.uri, "PORT": str(port), "LISTEN_ADDRESS": "127.0.0.1"}
+    settings = {**os.environ, **login, "SACRED_MONGO_URI": server.uri, "PORT": str(port)}
     with (tmp_path / "omniboard.log").open("w") as log:
-        omniboard = subprocess.Popen([browser, OMNIBOARD / "start.js"], stdout=log, stderr=log, env=settings)
+        show = [sys.executable, "-m", "tracking.show", "--port", str(port)]  # as make omniboard does
+        omniboard = subprocess.Popen(show, cwd=ROOT, stdout=log, stderr=log, env=settings)
     try:
         give_up = time.monotonic() + 120
         while subprocess.run([browser, OMNIBOARD / "healthcheck.js"], env=settings).returncode:
             log_text = (tmp_path / "omniboard.log").read_text()
             assert omniboard.poll() is None and time.monotonic() < give_up, log_text
             time.sleep(0.5)
+        assert f"Omniboard: http://127.0.0.1:{port}/\n" in (tmp_path / "omniboard.log").read_text()
         with pytest.raises(urllib.error.HTTPError, match="401") as refused:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/sacred/api/v1/Runs")
         assert not [name for name in refused.value.headers if name.lower().startswith("access-control")]
