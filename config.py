@@ -5,7 +5,7 @@ Imports no TensorFlow, so that a mistake is reported at once; only paths with a 
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,6 @@ from errors import UserError
 __all__ = [
     "CONFIG_DIR",
     "DATASET_CONFIG_DIR",
-    "NOT_BUILT",
     "DatasetConfig",
     "DatasetSource",
     "ModelConfig",
@@ -36,32 +35,19 @@ DATASET_CONFIG_DIR = CONFIG_DIR / "dataset_configs"
 # Second spelling -> the attribute's name.
 ALIASES = {"n_heads": "n_head", "activation_fn": "activation_function", "axial_pos_emb_": "axial_pos_emb"}
 
-# (key, whether its value asks for what is not built, what would work): a feature that lands deletes its row.
-# Values are valid JSON values, not null; those of `datasets` are resolved to DatasetSource.
-NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("opt_name", lambda name: name == "adafactor", 'it must be "adam"'),
-    ("precision", lambda name: name == "bfloat16", 'it must be "float32"'),
-    ("log_grads", bool, "it must be false"),
-)
 
-
-def load_model_config(
-    name_or_path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None, *, allow_unbuilt: bool = False
-) -> ModelConfig:
+def load_model_config(name_or_path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read a model's configuration.
 
     Args:
         name_or_path: NAME or NAME.json (configs/NAME.json), or any path, local or gs://.
         overrides: key -> JSON value, replacing what the file says before anything is checked; None removes a key.
-        allow_unbuilt: accept settings whose feature is not available yet (see NOT_BUILT).
 
     Raises:
         UserError: one line for each mistake, naming the file, the key, its value and what would work.
     """
     path = _find(str(name_or_path), CONFIG_DIR, "config")
-    return make_model_config(
-        _read_json_object(path), _stem(path), overrides, origin=_shown(path), allow_unbuilt=allow_unbuilt
-    )
+    return make_model_config(_read_json_object(path), _stem(path), overrides, origin=_shown(path))
 
 
 def make_model_config(
@@ -70,7 +56,6 @@ def make_model_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     origin: str | None = None,
-    allow_unbuilt: bool = False,
 ) -> ModelConfig:
     """`load_model_config` for a dict of JSON values; `origin` is what messages call it (the name by default)."""
     problems: list[str] = []
@@ -88,12 +73,6 @@ def make_model_config(
 
     config, mistakes = _validated(ModelConfig, resolved | {"name": name}, spelling, bad)
     problems += mistakes
-    if not allow_unbuilt:
-        problems += [
-            f"{spelling[key]} is {_value(given[key])}, which is not available yet; {what}"
-            for key, asks, what in NOT_BUILT
-            if resolved.get(key) is not None and key not in bad and asks(resolved[key])
-        ]
     if problems or config is None:
         raise UserError("\n".join(f"{origin or name}: {problem}" for problem in problems))
     return config

@@ -128,7 +128,7 @@ class ModelConfig(_Schema):
     beta1: kind.Beta = 0.9
     beta2: kind.Beta = 0.95
     epsilon: kind.Positive = 1e-8
-    ada_epsilon1: kind.NotNegative = 1e-30
+    ada_epsilon1: kind.Positive = 1e-30
     ada_epsilon2: kind.NotNegative = 1e-3
     weight_decay: kind.NotNegative = 0.0
     gradient_clipping: kind.OptionalPositive = None

@@ -16,12 +16,12 @@ from mesh.layout import MeshLayout
 from mesh.operations import one_at_a_time
 from mesh.randomness import fold_in, make_key
 from models import gpt
-from models.context import Context
+from models.context import Context, variable_dtype
 from models.dims import Dims, make_dims
 from models.scoring import score
 from sample import Sampling, decode
 from tasks import TASKS
-from training.checkpoints import CheckpointHook, stored_shapes, verify_checkpoint
+from training.checkpoints import CheckpointHook, CheckpointSaver, stored_shapes, verify_checkpoint
 from training.hooks import FiniteHook, ProgressHook, StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,14 @@ def make_model_fn(run: Run) -> ModelFn:
 class _Graph:
     """One mtf graph on its mesh, from imported features to exported tensors."""
 
-    def __init__(self, run: Run, params: Mapping[str, Any], batch_size: int, length: int | None = None):
+    def __init__(
+        self,
+        run: Run,
+        params: Mapping[str, Any],
+        batch_size: int,
+        length: int | None = None,
+        is_training: bool = False,
+    ):
         self.run = run
         self.graph = mtf.Graph()
         layout = with_expert_rules(run.layout)
@@ -82,6 +89,7 @@ class _Graph:
         else:
             self.mesh, self.mesh_impl = local_mesh(self.graph, layout, run.devices)
         self.dims: Dims = make_dims(run.config, batch_size, length)
+        self.variable_dtype = variable_dtype(run.config, is_training)
         self.final_norm = _has_final_norm(run.config)
 
     def import_batch(self, features: Features) -> dict[str, mtf.Tensor]:
@@ -93,8 +101,14 @@ class _Graph:
         }
 
     def context(self, dims: Dims | None = None, **changes: Any) -> Context:
-        config, dtype = self.run.config, mtf.VariableDType(tf.float32)
-        return Context(config, self.mesh, dims or self.dims, dtype, final_norm=self.final_norm, **changes)
+        return Context(
+            self.run.config,
+            self.mesh,
+            dims or self.dims,
+            self.variable_dtype,
+            final_norm=self.final_norm,
+            **changes,
+        )
 
     def lower(self) -> mtf.Lowering:
         # operations of our own look variables up in the lowering, which stacking them would replace
@@ -167,16 +181,18 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     """One training step: losses, gradients, clipping, update. Logs what is about to be trained."""
     config = run.config
     global_step = tf.train.get_or_create_global_step()
-    graph = _Graph(run, params, params["batch_size"])
+    graph = _Graph(run, params, params["batch_size"], is_training=True)
     batch = graph.import_batch({name: features[name] for name in ("inputs", "labels")})
     gradients, losses = _gradients(graph, batch, make_key(graph.mesh, config.seed, global_step))
     tf_rate = optimizers.learning_rate(config, global_step)
     rate = mtf.import_fully_replicated(graph.mesh, tf_rate, mtf.Shape([]), name="learning_rate")
-    updates, norm = optimizers.apply_gradients(config, gradients, rate)
+    updates, norm = optimizers.apply_gradients(config, gradients, rate, global_step)
+    norms = optimizers.gradient_norms(gradients) if config.log_grads else {}
     lowering = graph.lower()
 
     metrics = {name: lowering.export_to_tf_tensor(value) for name, value in losses.items()}
     metrics |= {"lr": tf_rate, "grad_norm": lowering.export_to_tf_tensor(norm)}
+    details = {name: lowering.export_to_tf_tensor(value) for name, value in norms.items()}
     update_ops = [lowering.lowered_operation(operation) for operation in updates]
     with tf.control_dependencies(update_ops):
         train_op = tf.assign_add(global_step, 1)
@@ -193,11 +209,11 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     host_call = None
     hooks: list[Any] = []
     if on_tpu:
-        for name, value in metrics.items():
+        for name, value in (metrics | details).items():
             tf.add_to_collection(mtf.utils.SCALAR_SUMMARIES_COLLECTION_KEY, (name, value))
         host_call = mtf.utils.create_host_call(config.model_path)
     else:
-        progress = ProgressHook(config, metrics)
+        progress = ProgressHook(config, metrics, details)
         run.stop.closing.callback(progress.close)
         save.before.append(progress.flush)
         hooks = [FiniteHook(metrics), progress]
@@ -223,6 +239,13 @@ def _log_model(config: ModelConfig, layout: MeshLayout, parameters: int) -> None
     )
 
 
+def _restore_all(model_path: str) -> None:
+    """Let the Estimator restore every variable of the graph from the newest checkpoint, which must hold them."""
+    verify_checkpoint(model_path, tf.global_variables())
+    with mtf.utils.outside_all_rewrites():
+        tf.add_to_collection(tf.GraphKeys.SAVERS, CheckpointSaver(model_path))
+
+
 def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
     """Token-weighted means `cross_entropy` and `objective` over all batches, and the sums `tokens` and `bytes`."""
     tf.train.get_or_create_global_step()
@@ -239,7 +262,7 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
     totals["tokens"] = tf.reduce_sum(features["weights"])
     totals["bytes"] = tf.reduce_sum(features["weights"] * tf.cast(features["label_bytes"], tf.float32))
     tensors = {name: tf.reshape(total, [1]) for name, total in totals.items()}
-    verify_checkpoint(run.config.model_path, tf.global_variables())
+    _restore_all(run.config.model_path)
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
         sums = {name: _running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
@@ -265,7 +288,7 @@ def task_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estima
     sums = task.sums(score(graph.context(), inputs, *places))
     lowering = graph.lower()
     tensors = {name: tf.reshape(lowering.export_to_tf_tensor(value), [1]) for name, value in sums.items()}
-    verify_checkpoint(run.config.model_path, tf.global_variables())
+    _restore_all(run.config.model_path)
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
         sums = {name: _running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
@@ -307,7 +330,7 @@ def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.est
     outputs = {"tokens": mtf.anonymize(tokens), "length": mtf.anonymize(lengths)}
     lowering = graph.lower()
     predictions = {name: lowering.export_to_tf_tensor(value) for name, value in outputs.items()}
-    verify_checkpoint(run.config.model_path, tf.global_variables())
+    _restore_all(run.config.model_path)
     return tf.estimator.tpu.TPUEstimatorSpec(
         tf.estimator.ModeKeys.PREDICT,
         predictions=predictions,

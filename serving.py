@@ -6,7 +6,7 @@ import tensorflow.compat.v1 as tf
 
 from errors import UserError
 from model_fns import Run, serving_outputs
-from training.checkpoints import newest_checkpoint, reason, verify_checkpoint
+from training.checkpoints import CheckpointSaver, newest_checkpoint, reason, verify_checkpoint
 from training.hooks import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,9 @@ def _write(run: Run, padding_id: int, path: str) -> None:
         verify_checkpoint(config.model_path, tf.global_variables())
         bar.update()
         with tf.Session(config=run.devices.session_config()) as session:
-            tf.train.Saver().restore(session, newest_checkpoint(config.model_path))
+            checkpoint = newest_checkpoint(config.model_path)
+            assert checkpoint is not None  # the action asks for one first
+            CheckpointSaver(config.model_path).restore(session, checkpoint)
             bar.update()
             builder = tf.saved_model.Builder(path)
             builder.add_meta_graph_and_variables(

@@ -31,7 +31,8 @@ def head_cross_entropy(
     """Cross entropy of the logits `hidden` [..., embd] x `table` [vocab, embd] + `bias` [vocab] against `labels` [...].
 
     Returns (cross entropy, log of the softmax's normalizer), each [...] float32, in nats. A label outside [0, vocab) is
-    taken as the nearest id: give such positions no weight. Any of the dimensions may be split over the mesh.
+    taken as the nearest id: give such positions no weight. Any of the dimensions may be split over the mesh. Logits and
+    losses are float32 whatever the type of `hidden` and `table`, and so are sums in the gradients.
     """
     cross_entropy, log_z, _ = _HeadCrossEntropy(hidden, table, labels, bias).outputs
     return cross_entropy, log_z
@@ -73,7 +74,9 @@ class _HeadCrossEntropy(mtf.Operation):
         hidden, table, labels, *bias = (lowering.tensors[x] for x in self.inputs)
 
         def product(hidden_slice: tf.Tensor, table_slice: tf.Tensor) -> tf.Tensor:
-            return tf.cast(tf.matmul(_flat(hidden_slice, 1), table_slice, transpose_b=True), tf.float32)
+            # the sums over embd are not rounded to the type of their factors
+            hidden_slice, table_slice = (tf.cast(x, tf.float32) for x in (hidden_slice, table_slice))
+            return tf.matmul(_flat(hidden_slice, 1), table_slice, transpose_b=True)
 
         logits = allreduce(mesh_impl, mesh_impl.slicewise(product, hidden, table), [self.embd])
         if bias:
@@ -151,13 +154,21 @@ class _HeadCrossEntropyGradient(mtf.Operation):
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             flat_hidden, flat_residual = _flat(hidden, 1), _flat(residual, 1)
             flat_labels = tf.clip_by_value(_flat(labels, 0), 0, vocab_size - 1)
-            dc, dz = (tf.cast(_flat(d, 0)[:, tf.newaxis], hidden.dtype) for d in (dc, dz))
+            dc, dz = (_flat(d, 0)[:, tf.newaxis] for d in (dc, dz))
             at_label = dz if residual_holds_one_hot else -dc
-            d_hidden = (dc + dz) * tf.matmul(flat_residual, table) + at_label * gather_rows(table, flat_labels, start)
-            d_table = tf.matmul(flat_residual, (dc + dz) * flat_hidden, transpose_a=True)
-            d_table += scatter_rows(at_label * flat_hidden, flat_labels, start, table.shape[0])
-            d_bias = tf.matmul(flat_residual, dc + dz, transpose_a=True)
+            d_logits, dtype = dc + dz, hidden.dtype  # of a residual of 1
+
+            def product(*factors: tf.Tensor, transpose_a: bool = False) -> tf.Tensor:
+                return tf.cast(tf.matmul(*(tf.cast(x, dtype) for x in factors), transpose_a=transpose_a), tf.float32)
+
+            hidden_32 = tf.cast(flat_hidden, tf.float32)
+            rows = tf.cast(gather_rows(table, flat_labels, start), tf.float32)
+            d_hidden = d_logits * product(flat_residual, table) + at_label * rows
+            d_table = product(flat_residual, d_logits * hidden_32, transpose_a=True)
+            d_table += scatter_rows(at_label * hidden_32, flat_labels, start, table.shape[0])
+            d_bias = product(flat_residual, d_logits, transpose_a=True)
             d_bias += scatter_rows(at_label, flat_labels, start, table.shape[0])
+            d_hidden, d_table, d_bias = (tf.cast(d, dtype) for d in (d_hidden, d_table, d_bias))
             return tf.reshape(d_hidden, hidden.shape), d_table, tf.squeeze(d_bias, 1)
 
         start = slice_start(mesh_impl, self.vocab)

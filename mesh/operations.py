@@ -128,6 +128,34 @@ def lazy_allreduce_sum(lowering: mtf.Lowering, output: mtf.Tensor, value: Any, a
     )
 
 
+class _CastVariable(mtf.Operation):
+    def __init__(self, x: mtf.Tensor, dtype: tf.DType):
+        super().__init__([x], name="cast_variable")
+        self._outputs = [mtf.Tensor(self, x.shape, dtype)]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    def gradient(self, grad_ys: Sequence[mtf.Tensor]) -> list[mtf.Tensor]:
+        return [cast_variable(grad_ys[0], self.inputs[0].dtype)]
+
+    def lower(self, lowering: mtf.Lowering) -> None:
+        mesh_impl = lowering.mesh_impl(self)
+        value, dtype = lowering.tensors[self.inputs[0]], self.outputs[0].dtype
+        lazy = isinstance(value, mtf.LazyAllreduceSum)
+        slices = mesh_impl.slicewise(lambda x: tf.cast(x, dtype), value.laid_out_input if lazy else value)
+        if lazy:
+            slices = mtf.LazyAllreduceSum(mesh_impl, slices, value.mesh_axes, value.add_counter_fn)
+        lowering.set_tensor_lowering(self.outputs[0], slices)
+
+
+def cast_variable(x: mtf.Tensor, dtype: tf.DType) -> mtf.Tensor:
+    """The variable `x` as `dtype`; its gradient has the type of `x`.
+
+    Unlike that of `mtf.cast`, the gradient is summed over the mesh after it is cast: the gradients of all uses and of
+    all microbatches are added up in the variable's type, and travel once.
+    """
+    return x if x.dtype == dtype else _CastVariable(x, dtype).outputs[0]
+
+
 def rows_inside(ids: tf.Tensor, start: tf.Tensor | int, rows: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Ids counted from a slice's first row, and which of them lie in its `rows` rows. Both have the shape of `ids`."""
     local = ids - start
@@ -142,8 +170,12 @@ def gather_rows(table: tf.Tensor, ids: tf.Tensor, start: tf.Tensor | int) -> tf.
 
 
 def scatter_rows(values: tf.Tensor, ids: tf.Tensor, start: tf.Tensor | int, rows: int) -> tf.Tensor:
-    """Sum `values` [..., width] into a slice [rows, width] by global `ids` [...]; other slices' ids are left out."""
+    """Sum `values` [..., width] into a slice [rows, width] by global `ids` [...]; other slices' ids are left out.
+
+    The sums are float32 whatever `values` are: in bfloat16 a sum of equal terms stops growing at 256 of them.
+    """
     local, inside = rows_inside(ids, start, rows)
+    values = tf.cast(values, tf.float32)
     return tf.math.unsorted_segment_sum(values, tf.where_v2(inside, local, -tf.ones_like(local)), rows)
 
 
@@ -176,7 +208,7 @@ def _embedding_gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None])
     vocab = table.shape.dims[0]
 
     def segment_sum(dy: tf.Tensor, ids_slice: tf.Tensor, table_slice: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
-        return scatter_rows(dy, ids_slice, start, table_slice.shape[0])
+        return tf.cast(scatter_rows(dy, ids_slice, start, table_slice.shape[0]), dy.dtype)
 
     def one_hot_sum(dy: tf.Tensor, ids_slice: tf.Tensor, table_slice: tf.Tensor, start: tf.Tensor | int) -> tf.Tensor:
         one_hot = tf.one_hot(ids_slice - start, table_slice.shape[0], dtype=dy.dtype)
@@ -215,19 +247,22 @@ def cache_update(cache: mtf.Tensor, value: mtf.Tensor, position: mtf.Tensor, nam
 def elementwise(
     fn: Callable[..., tf.Tensor], x: mtf.Tensor, name: str, numbers: Sequence[mtf.Tensor] = ()
 ) -> mtf.Tensor:
-    """`fn(element, *numbers)` of each element of `x` alone; same shape and dtype. `numbers` are scalars, [].
+    """`fn(element, *numbers)`, calculated in float32, of each element of `x` alone; same shape and dtype.
 
-    The gradient runs `fn` again rather than keep what it made on the way. (Mesh-TensorFlow's own `cwise` cannot take
-    the gradient of a value that is still to be summed over a mesh axis.)
+    `numbers` are scalars, []. The gradient runs `fn` again rather than keep what it made on the way. (Mesh-TensorFlow's
+    own `cwise` cannot take the gradient of a value that is still to be summed over a mesh axis.)
     """
+
+    def forward(x_slice: tf.Tensor, *numbers_: tf.Tensor) -> tf.Tensor:
+        return tf.cast(fn(*(tf.cast(value, tf.float32) for value in (x_slice, *numbers_))), x_slice.dtype)
 
     def gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
         def back_to_x(dy: tf.Tensor, x_slice: tf.Tensor, *numbers_: tf.Tensor) -> tf.Tensor:
-            return tf.gradients([fn(x_slice, *numbers_)], [x_slice], [dy])[0]
+            return tf.gradients([forward(x_slice, *numbers_)], [x_slice], [dy])[0]
 
         def back_to_numbers(dy: tf.Tensor, x_slice: tf.Tensor, *numbers_: tf.Tensor) -> Any:
             # of this use of the numbers alone: x may stem from an earlier one, where layers share them
-            found = tf.gradients([fn(tf.stop_gradient(x_slice), *numbers_)], list(numbers_), [dy])
+            found = tf.gradients([forward(tf.stop_gradient(x_slice), *numbers_)], list(numbers_), [dy])
             return tuple(found) if len(found) > 1 else found[0]
 
         inputs = [grad_ys[0], *op.inputs]
@@ -240,4 +275,4 @@ def elementwise(
         )
         return [*dx, *summed.outputs]
 
-    return SlicewiseOperation(fn, [x, *numbers], [(x.shape, x.dtype)], gradient=gradient, name=name).outputs[0]
+    return SlicewiseOperation(forward, [x, *numbers], [(x.shape, x.dtype)], gradient=gradient, name=name).outputs[0]

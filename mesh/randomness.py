@@ -136,7 +136,8 @@ class _Dropout(_KeyedUniform):
 
 
 def _thin(x: tf.Tensor, kept: tf.Tensor, rate: float) -> tf.Tensor:
-    return tf.where_v2(kept, x * (1.0 / (1.0 - rate)), tf.zeros_like(x))
+    grown = tf.cast(tf.cast(x, tf.float32) * (1.0 / (1.0 - rate)), x.dtype)  # a rounded factor would shift the mean
+    return tf.where_v2(kept, grown, tf.zeros_like(x))
 
 
 def dropout(x: mtf.Tensor, key: mtf.Tensor, rate: float, name: str) -> mtf.Tensor:

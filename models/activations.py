@@ -119,7 +119,7 @@ def _learned(
 ) -> mtf.Tensor:
     """`fn` of every element and of the variables activation_<name>/<number> [], which belong to the layer."""
     with tf.compat.v1.variable_scope(f"activation_{name}"):
-        numbers = [ctx.constant(number, [], start) for number, start in starts.items()]
+        numbers = [ctx.constant(number, [], start, tf.float32) for number, start in starts.items()]
     return elementwise(fn, x, name, numbers)
 
 
@@ -129,13 +129,13 @@ def _rrelu(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
     if ctx.dropout_key is None:
         return elementwise(lambda x: tf.nn.leaky_relu(x, (least + greatest) / 2), x, "rrelu")
     drawn = uniform(ctx.dropout_key, mtf.Shape([]), f"{ctx.layer}{tf.compat.v1.get_variable_scope().name}/rrelu")
-    slope = mtf.cast(least + (greatest - least) * drawn, x.dtype)
-    return elementwise(_prelu, x, "rrelu", [mtf.stop_gradient(slope)])
+    return elementwise(_prelu, x, "rrelu", [mtf.stop_gradient(least + (greatest - least) * drawn)])
 
 
 def _shifted(x: mtf.Tensor) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor]:
-    """x less its maximum over the last dimension, the exponentials of that, and their sum over it."""
+    """x less its maximum over the last dimension, the exponentials of that, and their sum over it, all float32."""
     last = x.shape.dims[-1]
+    x = mtf.cast(x, tf.float32)
     shifted = x - mtf.reduce_max(mtf.stop_gradient(x), reduced_dim=last)
     exponentials = elementwise(tf.exp, shifted, "exp")
     return shifted, exponentials, mtf.reduce_sum(exponentials, reduced_dim=last)
@@ -144,13 +144,13 @@ def _shifted(x: mtf.Tensor) -> tuple[mtf.Tensor, mtf.Tensor, mtf.Tensor]:
 def _softmax(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
     """exp(x) / sum of exp(x) over the last dimension, which may be split over the mesh."""
     _, exponentials, total = _shifted(x)
-    return exponentials * elementwise(tf.math.reciprocal, total, "reciprocal")
+    return mtf.cast(exponentials * elementwise(tf.math.reciprocal, total, "reciprocal"), x.dtype)
 
 
 def _log_softmax(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
     """The logarithm of `_softmax`."""
     shifted, _, total = _shifted(x)
-    return shifted - elementwise(tf.math.log, total, "log")
+    return mtf.cast(shifted - elementwise(tf.math.log, total, "log"), x.dtype)
 
 
 ACTIVATIONS: dict[str, Activation] = {

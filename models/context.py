@@ -6,8 +6,19 @@ import tensorflow.compat.v1 as tf
 
 from config import ModelConfig
 from mesh import mtf
+from mesh.operations import cast_variable
 from mesh.randomness import StatelessNormal, dropout
 from models.dims import Dims
+
+
+def variable_dtype(config: ModelConfig, is_training: bool) -> mtf.VariableDType:
+    """The types under `precision`: of the masters, which checkpoints hold, the slices on the devices, the activations.
+
+    Training updates the slices; bfloat16, with eight binary digits, would lose most of what it adds. All else only
+    reads them, and has nothing but the activations' type.
+    """
+    activations = tf.as_dtype(config.precision)
+    return mtf.VariableDType(*([tf.float32, tf.float32] if is_training else 2 * [activations]), activations)
 
 
 @dataclass(frozen=True)
@@ -51,18 +62,42 @@ class Context:
         """The leading dimensions of every activation: [batch, sequence], or [batch] in a decoding step."""
         return [self.dims.batch] if self.decodes else [self.dims.batch, self.dims.sequence]
 
-    def normal(self, name: str, shape: list[mtf.Dimension], stddev: float, truncated: bool = False) -> mtf.Tensor:
-        """The variable `name` in the current scope, drawn from normal(0, stddev) at the start of a run."""
+    @property
+    def stored_dtype(self) -> mtf.VariableDType:
+        """The types of a variable that comes as its slices are: the optimizer sees those, and gradients of their type,
+        and what the model calculates with is cast from them."""
+        kinds = self.variable_dtype
+        return mtf.VariableDType(kinds.master_dtype, kinds.slice_dtype, kinds.slice_dtype)
+
+    def normal(
+        self,
+        name: str,
+        shape: list[mtf.Dimension],
+        stddev: float,
+        dtype: tf.DType | None = None,
+        truncated: bool = False,
+    ) -> mtf.Tensor:
+        """The variable `name` in the current scope, drawn from normal(0, stddev) at the start of a run.
+
+        It comes as the activations' type unless `dtype` names another.
+        """
         scope = tf.get_variable_scope().name
         initializer = StatelessNormal(stddev, self.config.seed, f"{scope}/{name}", truncated)
-        return self._variable(name, shape, initializer)
+        return self._variable(name, shape, initializer, dtype)
 
-    def constant(self, name: str, shape: list[mtf.Dimension], value: float) -> mtf.Tensor:
-        """The variable `name` in the current scope, starting at `value` everywhere."""
-        return self._variable(name, shape, tf.constant_initializer(value))
+    def constant(
+        self, name: str, shape: list[mtf.Dimension], value: float, dtype: tf.DType | None = None
+    ) -> mtf.Tensor:
+        """The variable `name` in the current scope, starting at `value` everywhere; its type is as in `normal`."""
+        return self._variable(name, shape, tf.constant_initializer(value), dtype)
 
-    def _variable(self, name: str, shape: list[mtf.Dimension], initializer: object) -> mtf.Tensor:
-        return mtf.get_variable(self.mesh, name, mtf.Shape(shape), dtype=self.variable_dtype, initializer=initializer)
+    def _variable(
+        self, name: str, shape: list[mtf.Dimension], initializer: object, dtype: tf.DType | None
+    ) -> mtf.Tensor:
+        activations = self.variable_dtype.activation_dtype
+        stored = self.stored_dtype if dtype in (None, activations) else mtf.VariableDType(dtype)
+        value = mtf.get_variable(self.mesh, name, mtf.Shape(shape), dtype=stored, initializer=initializer)
+        return cast_variable(value, dtype or activations)
 
     def dropout(self, x: mtf.Tensor, rate: float, name: str) -> mtf.Tensor:
         """Thin `x` while training; the draw is named after the layer and `name`."""

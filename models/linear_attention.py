@@ -17,9 +17,11 @@ EPSILON = 1e-6
 def linear_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:
     """q, k, v and the result: [batch, sequence, heads, features_per_head], without `sequence` in a decoding step.
 
-    Dropout thins the features of the queries, as there are no weights of single positions to thin.
+    Dropout thins the features of the queries, as there are no weights of single positions to thin. All but the result
+    is float32, the states of decoding too: a bfloat16 sum over positions stops growing after some hundred of them.
     """
-    features = ctx.dims.features_per_head
+    features, dtype = ctx.dims.features_per_head, q.dtype
+    q, k, v = (mtf.cast(x, tf.float32) for x in (q, k, v))
     values = mtf.Dimension("value_features", features.size)  # a name that no layout splits
     q = ctx.dropout(mtf.softmax(q, features), ctx.config.attn_dropout, "attn/attn_dropout")
     v = mtf.rename_dimension(v, features.name, values.name)
@@ -29,7 +31,7 @@ def linear_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) 
         out = _step(ctx, q, mtf.exp(k), v, values)
     else:
         out = _by_chunks(ctx, q, mtf.exp(k), v, values)
-    return mtf.rename_dimension(out, values.name, features.name)
+    return mtf.cast(mtf.rename_dimension(out, values.name, features.name), dtype)
 
 
 def _at_once(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, values: mtf.Dimension) -> mtf.Tensor:

@@ -20,8 +20,9 @@ class Head:
     def logits(self, states: mtf.Tensor) -> mtf.Tensor:
         """[..., embd] -> float32 [..., vocab]"""
         vocab, embd = self.table.shape.dims
-        product = mtf.einsum([states, self.table], states.shape - embd + vocab)
-        return mtf.cast(product if self.bias is None else product + self.bias, tf.float32)
+        factors = [mtf.cast(x, tf.float32) for x in (states, self.table)]
+        product = mtf.einsum(factors, states.shape - embd + vocab)
+        return product if self.bias is None else product + mtf.cast(self.bias, tf.float32)
 
 
 @dataclass(frozen=True)

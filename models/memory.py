@@ -11,7 +11,7 @@ from models.context import Context
 
 @dataclass(frozen=True)
 class LearnedMemory:
-    """Keys and values [memory_kv, heads, features_per_head] that every position sees (arXiv:1907.01470)."""
+    """Keys and values [memory_kv, heads, features_per_head], float32, that every position sees (arXiv:1907.01470)."""
 
     dim: mtf.Dimension
     k: mtf.Tensor
@@ -25,7 +25,9 @@ def learned_memory(ctx: Context) -> LearnedMemory | None:
     heads, features = ctx.dims.heads, ctx.dims.features_per_head
     dim = mtf.Dimension("memory_kv", ctx.config.num_mem_kv)
     with tf.variable_scope("attention"):
-        k, v = (ctx.normal(name, [dim, heads, features], features.size**-0.5) for name in ("mem_k", "mem_v"))
+        k, v = (
+            ctx.normal(name, [dim, heads, features], features.size**-0.5, tf.float32) for name in ("mem_k", "mem_v")
+        )
     return LearnedMemory(dim, k, v)
 
 

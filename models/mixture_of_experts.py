@@ -28,7 +28,7 @@ def mixture(ctx: Context, x: mtf.Tensor) -> tuple[mtf.Tensor, ...]:
         return (_with_room_for_all(ctx, x, gating, wi, wo),)
     rows, importance = _grouped(x, ctx.config.moe.moe_group_size)
     out, loss = top_2_experts(
-        rows, _routing(ctx, rows), lambda hidden: _thinned_activation(ctx, hidden), ctx.variable_dtype, importance
+        rows, _routing(ctx, rows), lambda hidden: _thinned_activation(ctx, hidden), ctx.stored_dtype, importance
     )
     return ctx.dropout(_ungrouped(out, x), ctx.config.res_dropout, "moe/res_dropout"), mtf.cast(loss, tf.float32)
 
@@ -41,8 +41,9 @@ def _kernels(ctx: Context, embd: mtf.Dimension) -> list[mtf.Tensor]:
     shapes = {"top_2_gating": [embd, count], "wi": [experts, embd, hidden], "wo": [experts, hidden, embd]}
     kernels = []
     for name, shape in shapes.items():
+        dtype = tf.float32 if name == "top_2_gating" else None
         with tf.variable_scope(name):
-            kernels.append(ctx.normal("kernel", shape, 1 / math.sqrt(shape[-2].size), truncated=True))
+            kernels.append(ctx.normal("kernel", shape, 1 / math.sqrt(shape[-2].size), dtype, truncated=True))
     return kernels
 
 
@@ -52,7 +53,7 @@ def _with_room_for_all(ctx: Context, x: mtf.Tensor, gating: mtf.Tensor, wi: mtf.
     # names on the same axes as before, or on none where the experts lie on that axis
     rows = _renamed(x, {"batch": BATCH, "sequence": SEQUENCE})
     *tokens, embd = rows.shape.dims
-    scores = linear(mtf.cast(rows, tf.float32), mtf.cast(gating, tf.float32))
+    scores = linear(mtf.cast(rows, tf.float32), gating)
     # the second choices that are drawn in training are all taken
     least = {"all": -1.0, "random": -1.0, "threshold": params.moe_second_threshold_eval, "none": 1.0}
     choice, gates = two_best(scores, least[params.moe_second_policy_eval], _CHOICE)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import tensorflow.compat.v1 as tf
 
 from mesh import mtf
 from mesh.operations import embedding_lookup, rename
@@ -69,11 +70,12 @@ def rotate(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
     turned = mtf.Dimension("turned_features", features.size)
     matrix = mtf.import_tf_tensor(ctx.mesh, quarter_turn, mtf.Shape([features, turned]))
     turned_x = mtf.einsum([x, mtf.cast(matrix, x.dtype)], x.shape - features + turned)
-    return x * cosine + mtf.rename_dimension(turned_x, turned.name, features.name) * sine
+    turned_x = mtf.rename_dimension(turned_x, turned.name, features.name)
+    return mtf.cast(mtf.cast(x, tf.float32) * cosine + mtf.cast(turned_x, tf.float32) * sine, x.dtype)
 
 
 def _at_positions(ctx: Context, function: Callable[[np.ndarray], np.ndarray]) -> mtf.Tensor:
-    """`function` of the angles at the input's positions: [sequence, features], or [features] in a decoding step."""
+    """`function` of the angles at the input's positions, float32: [sequence, features], or [features] in decoding."""
     dims = ctx.dims
     half = np.arange(dims.features_per_head.size // 2)
     frequencies = ROTARY_BASE ** (-2.0 * half / dims.features_per_head.size)
@@ -81,6 +83,4 @@ def _at_positions(ctx: Context, function: Callable[[np.ndarray], np.ndarray]) ->
     table = mtf.import_tf_tensor(
         ctx.mesh, function(angles).astype(np.float32), mtf.Shape([dims.sequence, dims.features_per_head])
     )
-    if ctx.position is not None:
-        table = embedding_lookup(table, ctx.position, name="angle_lookup")
-    return mtf.cast(table, ctx.variable_dtype.activation_dtype)
+    return table if ctx.position is None else embedding_lookup(table, ctx.position, name="angle_lookup")

@@ -69,14 +69,19 @@ def _softmax_mix(
     scores_shape: mtf.Shape,
     keys: mtf.Dimension,
 ) -> mtf.Tensor:
-    """Values averaged by the softmax, over `keys` and learned memory together, of the visible q k scores."""
+    """Values averaged by the softmax, over `keys` and learned memory together, of the visible q k scores.
+
+    Scores and softmax are float32.
+    """
+    dtype = q.dtype
+    q, k = mtf.cast(q, tf.float32), mtf.cast(k, tf.float32)
     scores = mtf.einsum([q, k], scores_shape)
     if visible is not None:
         scores += (1.0 - mtf.cast(visible, scores.dtype)) * MASKED
     memory = learned_memory(ctx)
     rate = ctx.config.attn_dropout
     if memory is None:
-        weights = ctx.dropout(mtf.softmax(scores, keys), rate, "attn/attn_dropout")
+        weights = ctx.dropout(mtf.cast(mtf.softmax(scores, keys), dtype), rate, "attn/attn_dropout")
         return mtf.einsum([weights, v], q.shape)
     to_memory = mtf.einsum([q, memory.k], scores_shape - keys + memory.dim)
     # one softmax over both (Mesh-TensorFlow's `extra_logit` would let no gradient into the second)
@@ -86,9 +91,9 @@ def _softmax_mix(
     peak = mtf.maximum(*highest)
     weights, memory_weights = mtf.exp(scores - peak), mtf.exp(to_memory - peak)
     total = mtf.reduce_sum(weights, reduced_dim=keys) + mtf.reduce_sum(memory_weights, reduced_dim=memory.dim)
-    weights = ctx.dropout(weights / total, rate, "attn/attn_dropout")
-    memory_weights = ctx.dropout(memory_weights / total, rate, "attn/memory_dropout")
-    return mtf.einsum([weights, v], q.shape) + mtf.einsum([memory_weights, memory.v], q.shape)
+    weights = ctx.dropout(mtf.cast(weights / total, dtype), rate, "attn/attn_dropout")
+    memory_weights = ctx.dropout(mtf.cast(memory_weights / total, dtype), rate, "attn/memory_dropout")
+    return mtf.einsum([weights, v], q.shape) + mtf.einsum([memory_weights, mtf.cast(memory.v, dtype)], q.shape)
 
 
 def _attend_by_blocks(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor, radius: int) -> mtf.Tensor:

@@ -22,15 +22,13 @@ BASE: dict[str, Any] = {
 
 
 def make(**changes: Any) -> ModelConfig:
-    return make_model_config(BASE | changes, "test", allow_unbuilt=True)
+    return make_model_config(BASE | changes, "test")
 
 
-def refusal(
-    values: dict[str, Any], *, allow_unbuilt: bool = True, overrides: dict[str, Any] | None = None
-) -> list[str]:
+def refusal(values: dict[str, Any], *, overrides: dict[str, Any] | None = None) -> list[str]:
     """The lines of the error, without the name that starts each of them."""
     with pytest.raises(UserError) as caught:
-        make_model_config(values, "test", overrides, allow_unbuilt=allow_unbuilt)
+        make_model_config(values, "test", overrides)
     lines = str(caught.value).splitlines()
     assert all(line.startswith("test: ") for line in lines)
     return [line.removeprefix("test: ") for line in lines]

@@ -11,7 +11,6 @@ import pytest
 import config as config_module
 from config import (
     CONFIG_DIR,
-    NOT_BUILT,
     DatasetConfig,
     DatasetSource,
     config_to_json,
@@ -42,9 +41,9 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alias_pairs(first: str, second: str, values: tuple[Any, Any]) -> None:
     base = {key: value for key, value in BASE.items() if key != "n_head"} | ({"n_head": 2} if first != "n_head" else {})
     one, other = values
-    alone = [make_model_config(base | {key: one}, "test", allow_unbuilt=True) for key in (first, second)]
-    both = make_model_config(base | {first: one, second: one}, "test", allow_unbuilt=True)
-    null = make_model_config(base | {first: None, second: one}, "test", allow_unbuilt=True)
+    alone = [make_model_config(base | {key: one}, "test") for key in (first, second)]
+    both = make_model_config(base | {first: one, second: one}, "test")
+    null = make_model_config(base | {first: None, second: one}, "test")
     assert alone[0] == alone[1] == both == null
     assert refusal(base | {first: one, second: other}) == [
         f"{first} is {json.dumps(one)} and {second} is {json.dumps(other)}, but they are two names of one setting; "
@@ -52,13 +51,9 @@ def test_alias_pairs(first: str, second: str, values: tuple[Any, Any]) -> None:
     ]
 
 
-def test_a_mistake_is_named_as_it_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_named_as_it_was_written() -> None:
     values = {key: value for key, value in BASE.items() if key != "n_head"}
     assert refusal(values | {"n_heads": 0}) == ["n_heads is 0; it must be a whole number of at least 1"]
-    monkeypatch.setattr(config_module, "NOT_BUILT", (("activation_function", lambda name: name == "elu", "use gelu"),))
-    assert refusal(values | {"activation_fn": "elu", "n_heads": 2}, allow_unbuilt=False) == [
-        'activation_fn is "elu", which is not available yet; use gelu'
-    ]
 
 
 @pytest.mark.parametrize(
@@ -84,13 +79,12 @@ def test_all_mistakes_are_reported_together() -> None:
         "n_hed": 1,
         "train_batch_size": 0,
         "rotary_emb": "on",
-        "opt_name": "adafactor",
         "datasets": [["quikstart", 0, "chunkz", 0], ["bare"]],
     }
     ids = (
         'configs/dataset_configs holds "example", "openwebtext-documents", "openwebtext2_new_inputs", "pile", "quickst'
     )
-    assert refusal(BASE | wrong, allow_unbuilt=False) == [
+    assert refusal(BASE | wrong) == [
         "n_head is 3 and n_heads is 5, but they are two names of one setting; keep one of them",
         f'datasets[0]: there is no dataset config "quikstart"; did you mean "quickstart"? {ids}art"',
         "datasets[0]: stitch is 0; it must be a whole number of at least 1",
@@ -103,33 +97,7 @@ def test_all_mistakes_are_reported_together() -> None:
         "lr is 0; it must be a number above 0",
         "train_batch_size is 0; it must be a whole number of at least 1",
         'there is no key "n_hed" (its value is 1); did you mean "n_head"?',
-        'opt_name is "adafactor", which is not available yet; it must be "adam"',
     ]
-
-
-ASKING_FOR_UNBUILT = [
-    ("opt_name", "adafactor", 'it must be "adam"'),
-    ("precision", "bfloat16", 'it must be "float32"'),
-    ("log_grads", True, "it must be false"),
-]
-
-
-def test_every_unbuilt_feature_is_tried_below() -> None:
-    assert {key for key, _, _ in NOT_BUILT} == {key for key, _, _ in ASKING_FOR_UNBUILT}
-
-
-@pytest.mark.parametrize(("key", "value", "what"), ASKING_FOR_UNBUILT)
-def test_what_is_not_built_is_refused(key: str, value: Any, what: str) -> None:
-    values = BASE | {key: value}
-    assert refusal(values, allow_unbuilt=False) == [f"{key} is {json.dumps(value)}, which is not available yet; {what}"]
-    make_model_config(values, "test", allow_unbuilt=True)
-
-
-def test_unbuilt_features_that_are_off_are_accepted() -> None:
-    off: dict[str, Any] = {key: False for key, _, _ in NOT_BUILT if isinstance(getattr(make(), key), bool)}
-    assert set(off) == {"log_grads"}
-    off |= {"eval_tasks": []}
-    assert make_model_config(BASE | off, "test").log_grads is False
 
 
 INLINE = DatasetConfig(id="a_*.tfrecords", path="a_*.tfrecords", eval_path="b_*.tfrecords")
@@ -334,7 +302,7 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: di
     config = make(**changes)
     path = write(tmp_path, "config.json", config_to_json(config))
     monkeypatch.setattr(config_module, "DATASET_CONFIG_DIR", tmp_path)  # a run's copy needs no other file
-    again = load_model_config(path, allow_unbuilt=True)
+    again = load_model_config(path)
     assert again == config
     assert hash(again) == hash(config)
     assert (again.name, config.name) == ("config", "test")

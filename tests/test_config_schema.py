@@ -106,7 +106,7 @@ def test_configs_are_frozen() -> None:
 )
 def test_accepted_values(key: str, value: Any, kept: Any) -> None:
     values = {name: other for name, other in BASE.items() if name != key}
-    config = make_model_config(values | {key: value}, "test", allow_unbuilt=True)
+    config = make_model_config(values | {key: value}, "test")
     attribute = getattr(config, config_module.ALIASES.get(key, key))
     assert attribute == kept
     assert type(attribute) is type(kept)
@@ -286,9 +286,9 @@ JSON_VALUES = st.recursive(
 @given(key=st.sampled_from([*ModelConfig.model_fields, *config_module.ALIASES, "zebra"]), value=JSON_VALUES)
 def test_any_value_is_accepted_or_refused_in_a_sentence(key: str, value: Any) -> None:
     try:
-        config = make_model_config(BASE | {key: value}, "test", allow_unbuilt=True)
+        config = make_model_config(BASE | {key: value}, "test")
     except UserError as error:
         assert all(line.startswith("test: ") for line in str(error).splitlines())
     else:
-        assert make_model_config(json.loads(config_to_json(config)), "test", allow_unbuilt=True) == config
+        assert make_model_config(json.loads(config_to_json(config)), "test") == config
         assert key == "n_layer" or len(config.layer_attention) == 4

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, clipping and AdamW against hand-derived numbers and plain numpy."""
+"""Learning-rate schedules, clipping, AdamW and Adafactor against hand-derived numbers and plain numpy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from mesh import mtf
 from mesh.devices import local_mesh
 from mesh.layout import parse
 from tests.tiny import MtfSession, cpu_devices, tiny_config
+from tests.training_steps import without_rewriting
 
 WARMUP = {"warmup_steps": 10}
 # step -> rate, by hand, for lr 0.001 and train_steps 100; cos(pi / 4) = 0.7071067812, cos(pi / 10) = 0.9510565163,
@@ -113,33 +114,39 @@ def numpy_adamw(config: ModelConfig, weights: Values, steps: Sequence[Values], r
     return weights | slots
 
 
-def mtf_adamw(config: ModelConfig, weights: Values, steps: Sequence[Values]) -> tuple[Values, list[float]]:
-    """What `numpy_adamw` returns, from apply_gradients in a graph; and each step's norm before clipping."""
-    devices = cpu_devices(1)
+def run_steps(
+    config: ModelConfig, weights: Values, steps: Sequence[Values], mesh_shape: str = "x:1", layout: str = ""
+) -> tuple[Values, list[float]]:
+    """What the references return, from apply_gradients in a graph; and each step's norm before clipping.
+
+    Dimension i of a variable, of size n, is called "dim<i>_<n>".
+    """
+    parsed = parse(mesh_shape, layout, 1)
+    devices = cpu_devices(parsed.size)
     with tf.Graph().as_default():
         graph = mtf.Graph()
-        mesh, mesh_impl = local_mesh(graph, parse("x:1", "", 1), devices)
+        mesh, mesh_impl = local_mesh(graph, parsed, devices)
         step = tf.placeholder(tf.int64, [])
-        fed = {name: tf.placeholder(tf.float32, shape) for name, shape in SHAPES.items()}
+        fed = {name: tf.placeholder(tf.float32, value.shape) for name, value in weights.items()}
         gradients = []
-        for name, shape in SHAPES.items():
-            dims = mtf.Shape([mtf.Dimension(f"dim_{size}", size) for size in shape])
-            initializer = tf.constant_initializer(weights[name])
+        for name, value in weights.items():
+            dims = mtf.Shape([mtf.Dimension(f"dim{i}_{size}", size) for i, size in enumerate(value.shape)])
+            initializer = tf.constant_initializer(value)
             mtf.get_variable(mesh, name, dims, dtype=mtf.VariableDType(tf.float32), initializer=initializer)
             gradients.append(mtf.import_tf_tensor(mesh, fed[name], dims))
         tf_rate = optimizers.learning_rate(config, step)
         rate = mtf.import_fully_replicated(mesh, tf_rate, mtf.Shape([]), name="rate")
-        updates, norm = optimizers.apply_gradients(config, gradients, rate)
+        updates, norm = optimizers.apply_gradients(config, gradients, rate, step)
         lowering = mtf.Lowering(graph, {mesh: mesh_impl}, autostack=False)
         operations = [lowering.lowered_operation(update) for update in updates]
         tf_norm = lowering.export_to_tf_tensor(norm)
         to_slices, to_masters = lowering.copy_masters_to_slices(), lowering.copy_slices_to_masters()
-        with tf.Session(config=devices.session_config()) as session:
+        with tf.Session(config=without_rewriting(devices.session_config())) as session:
             session.run(tf.global_variables_initializer())
             session.run(to_slices)
             norms = []
             for number, values in enumerate(steps):
-                feed = {fed[name]: values[name] for name in SHAPES} | {step: number}
+                feed = {fed[name]: values[name] for name in weights} | {step: number}
                 norms.append(session.run([tf_norm, operations], feed)[0])
             session.run(to_masters)
             return {variable.op.name: session.run(variable) for variable in tf.global_variables()}, norms
@@ -152,7 +159,7 @@ def test_three_steps_of_adamw(tmp_path: Path, gradient_clipping: float | None, w
     config = tiny_config(tmp_path, lr=0.1, lr_decay="linear", train_steps=10, beta1=0.8, epsilon=1e-3, **settings)
     weights, steps = random_values(0), [random_values(seed) for seed in (1, 2, 3)]
 
-    found, norms = mtf_adamw(config, weights, steps)
+    found, norms = run_steps(config, weights, steps)
 
     expected = numpy_adamw(config, weights, steps, rates=[0.1, 0.091, 0.082])
     assert found.keys() == expected.keys()
@@ -161,3 +168,92 @@ def test_three_steps_of_adamw(tmp_path: Path, gradient_clipping: float | None, w
     unclipped = [np.linalg.norm(np.concatenate([value.ravel() for value in values.values()])) for values in steps]
     np.testing.assert_allclose(norms, unclipped, rtol=1e-5)
     assert min(norms) > 1.0  # the limit of 1.0 acts, that of 1e6 does not
+
+
+FACTORED = {  # variable -> (shape, its largest dimension, its second largest)
+    "gpt2/wte": ((130, 128), 0, 1),
+    "gpt2/h0/attn/q": ((128, 128), 0, 1),
+    "gpt2/h0/wi/kernel": ((2, 128, 132), 2, 1),
+}
+WHOLE = {"gpt2/wpe": (127, 140), "gpt2/h0/norm_1/b": (128,), "gpt2/h0/norm_rezero_1/g": ()}
+
+
+def adafactor_values(seed: int, scale: float) -> Values:
+    rng = np.random.default_rng(seed)
+    shapes = {name: shape for name, (shape, _, _) in FACTORED.items()} | WHOLE
+    return {name: (scale * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def rms(x: np.ndarray) -> np.floating:
+    return np.sqrt(np.mean(x**2))
+
+
+def numpy_adafactor(config: ModelConfig, weights: Values, steps: Sequence[Values], rates: Sequence[float]) -> Values:
+    """The weights and slots after `steps` of gradients, float64, by algorithms 4 and 5 of arXiv:1804.04235."""
+    state: Values = {name: value.astype(np.float64) for name, value in weights.items()}
+    for t, (gradients, rate) in enumerate(zip(steps, rates, strict=True), 1):
+        decay = 1 - t**-0.8
+        norm = np.sqrt(sum(np.sum(gradient.astype(np.float64) ** 2) for gradient in gradients.values()))
+        for name in weights:
+            g = gradients[name].astype(np.float64) * min(1.0, (config.gradient_clipping or np.inf) / norm)
+            squared = g**2 + config.ada_epsilon1
+
+            def running(slot: str, mean: np.ndarray, name: str = name, decay: float = decay) -> np.ndarray:
+                old = state.get(f"{name}_slot_{slot}", np.zeros_like(mean))
+                state[f"{name}_slot_{slot}"] = decay * old + (1 - decay) * mean
+                return state[f"{name}_slot_{slot}"]
+
+            if name in FACTORED:
+                _, largest, second = FACTORED[name]
+                vr = np.expand_dims(running("vr", squared.mean(largest)), largest)
+                vc = np.expand_dims(running("vc", squared.mean(second)), second)
+                u = g / np.sqrt(vr * vc / vr.mean(second, keepdims=True))
+            else:
+                u = g / np.sqrt(running("v", squared))
+            u = u / max(1.0, rms(u)) * rate * max(config.ada_epsilon2, rms(state[name]))
+            if config.beta1:
+                m = config.beta1 * state.get(f"{name}_slot_m", np.zeros_like(u)) + (1 - config.beta1) * u
+                u = state[f"{name}_slot_m"] = m
+            if "norm" not in name:
+                u = u + rate * config.weight_decay * state[name]
+            state[name] = state[name] - u
+    return state
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        (("x:1", ""), {"beta1": 0.0, "weight_decay": 0.1, "gradient_clipping": 1.0}),
+        (("x:2,y:2", "dim0_130:x,dim1_128:y"), {"beta1": 0.9, "weight_decay": 0.1}),
+        (("x:2,y:2", "dim2_132:x,dim0_128:x,dim1_140:y"), {"beta1": 0.9, "ada_epsilon1": 1e-3, "ada_epsilon2": 0.5}),
+    ],
+)
+def test_four_steps_of_adafactor(tmp_path: Path, mesh: tuple[str, str], settings: dict[str, Any]) -> None:
+    settings = {"opt_name": "adafactor", "lr": 0.1, "lr_decay": "linear", "train_steps": 10} | settings
+    config = tiny_config(tmp_path, **settings)
+    weights = adafactor_values(0, 0.5)
+    weights["gpt2/h0/norm_1/b"][:] = 0  # grows from nothing, by epsilon2
+    steps = [adafactor_values(seed, 10.0**-seed) for seed in (1, 2, 3, 4)]
+    steps[0]["gpt2/wpe"][:5] = 0  # rows that no token has reached yet
+
+    found, _ = run_steps(config, weights, steps, *mesh)
+
+    expected = numpy_adafactor(config, weights, steps, rates=[0.1, 0.091, 0.082, 0.073])
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].shape == expected[name].shape
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
+        assert np.abs(expected[name] - weights.get(name, 0)).max() > 1e-9, f"{name}: nothing to compare"
+
+
+def test_adafactor_factors_the_two_largest_dimensions() -> None:
+    def factored(*sizes: int) -> list[int] | None:
+        dims = [mtf.Dimension(f"dim{i}", size) for i, size in enumerate(sizes)]
+        found = optimizers.factored_dims(mtf.Shape(dims))
+        return found and [dims.index(dim) for dim in found]
+
+    assert factored(500) is None
+    assert factored(127, 5000) is None
+    assert factored(128, 5000) == [1, 0]
+    assert factored(128, 128) == [0, 1]
+    assert factored(8, 200, 150) == [1, 2]

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import main
-from config import ALIASES, NOT_BUILT, DatasetConfig, ModelConfig, load_model_config
+from config import ALIASES, DatasetConfig, ModelConfig, load_model_config
 from config_fields import ACTIVATION_NAMES
 from errors import UserError
 
@@ -249,20 +249,13 @@ def test_every_config_shown_is_accepted(tmp_path: Path) -> None:
 
 def test_every_key_is_described() -> None:
     described = first_cells(section("Parameter reference"))
-    refused, inert = (set(re.findall(r"`(\w+)`", part)) & set(ModelConfig.model_fields) for part in not_built())
+    inert = set(re.findall(r"`(\w+)`", section("Not built yet"))) & set(ModelConfig.model_fields)
     assert len(described) == len(set(described))
-    assert set(described) | refused | inert == set(ModelConfig.model_fields) - {"name"}
-    assert refused == {key for key, *_ in NOT_BUILT}
-    assert inert.isdisjoint(refused.union(described))
+    assert set(described) | inert == set(ModelConfig.model_fields) - {"name"}
+    assert inert.isdisjoint(described)
     assert not [key for key in inert if is_read(key)], "the README says that these keys have no effect"
     for name in [*ALIASES, *(set(DatasetConfig.model_fields) - {"id"})]:
         assert f"`{name}`" in README
-
-
-def not_built() -> list[str]:
-    """The README's lists of the keys that are refused, and of those without effect."""
-    keys = section("Not built yet").split("Config keys, and values of them:")[1]
-    return keys.split("These keys are accepted and have no effect yet:")
 
 
 def is_read(key: str) -> bool:

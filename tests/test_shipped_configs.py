@@ -28,9 +28,9 @@ use_graph_mode()
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path: Path) -> None:
-    config = load_model_config(path.stem, allow_unbuilt=True)
+    config = load_model_config(path.stem)
     assert config.name == path.stem
-    assert make_model_config(json.loads(config_to_json(config)), "again", allow_unbuilt=True) == config
+    assert make_model_config(json.loads(config_to_json(config)), "again") == config
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_gpt_neos_configs_are_kept_as_written(name: str) -> None:
     expected.setdefault("attention_types", [[["global"], expected["n_layer"]]])
     given = json.loads((CONFIG_DIR / f"{name}.json").read_text())
     assert given == expected | {"model_path": f"runs/{name}"}
-    config = load_model_config(name, allow_unbuilt=True)
+    config = load_model_config(name)
     written = json.loads(config_to_json(config))
     assert {key: written[key] for key in given if key != "datasets"} == {
         key: value for key, value in given.items() if key != "datasets"
@@ -132,7 +132,7 @@ def test_gpt_neos_configs_are_kept_as_written(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_config_fits_its_mesh(path: Path) -> None:
-    config = load_model_config(path.stem, allow_unbuilt=True)
+    config = load_model_config(path.stem)
     layout = parse(config.mesh_shape, config.layout, 1)
     batches = {"train_batch_size": config.train_batch_size, "eval_batch_size": config.eval_batch_size}
     check_layout(layout, layout_sizes(config, batches), TENSORS)
@@ -143,14 +143,14 @@ def test_the_readme_tells_every_config() -> None:
     table = (ROOT / "README.md").read_text().split("\n## Available configs\n")[1].split("\n## ")[0]
     rows = {row[1]: row[0] for row in re.findall(r"^(\| `([\w-]+)` \|.*\|)[^|]+\|$", table, re.MULTILINE)}
     for path in sorted(CONFIG_DIR.glob("*.json")):
-        config = load_model_config(path.stem, allow_unbuilt=True)
+        config = load_model_config(path.stem)
         sizes = (config.n_layer, config.n_embd, config.n_head, config.n_ctx)
         mesh = config.mesh_shape or "any"
         cells = (f"`{path.stem}`", f"{num_parameters(config):,}", *sizes, mesh, config.train_batch_size)
         assert rows.pop(path.stem, None) == "".join(f"| {cell} " for cell in cells) + "|", "a row of the README"
     assert not rows
     for name, parameters in (("colab_XL", 1_315_575_808), ("gpt3_2-7B_256", 2_651_307_520)):
-        assert num_parameters(load_model_config(name, allow_unbuilt=True)) == parameters
+        assert num_parameters(load_model_config(name)) == parameters
 
 
 def test_parameters_of_a_model_counted_by_hand() -> None:

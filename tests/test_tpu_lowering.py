@@ -60,7 +60,7 @@ def lower(model_fn: Callable, mode: str, features: dict[str, np.ndarray], pick: 
     ("layout", "changes"),
     [
         ("batch:x,heads:y,vocab:y,intermediate_expanded:y", {"entmax_loss": True}),
-        ("batch:x,memory_length:y,embd:y", {}),
+        ("batch:x,memory_length:y,embd:y", {"precision": "bfloat16", "opt_name": "adafactor", "log_grads": True}),
         ("batch:x,experts:x,heads:y", EXPERTS),
     ],
 )

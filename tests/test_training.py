@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,49 @@ def test_evaluation_and_checkpoints_on_the_way(tmp_path: Path, capsys: pytest.Ca
         f"model.ckpt-{step}.index" for step in (0, 2, 4, 5)
     }
     assert json.loads((run.model_path / "config.json").read_text())["n_embd"] == 16
-    tags = {
-        value.tag
-        for path in run.model_path.glob("events.*")
-        for event in tf.train.summary_iterator(str(path))
-        for value in event.summary.value
+    curves = read_curves(run)
+    assert {"loss", "lr", "grad_norm"} <= curves.keys()
+    assert not [tag for tag in curves if "/" in tag]
+
+
+def read_curves(run: Workspace) -> dict[str, dict[int, float]]:
+    """{tag: {step: value}} of TensorBoard's scalars."""
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in run.model_path.glob("events.*"):
+        for event in tf.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                curves[value.tag][event.step] = value.simple_value
+    return curves
+
+
+def test_adafactor_in_bfloat16_resumes_and_every_gradient_is_logged(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"opt_name": "adafactor", "precision": "bfloat16", "log_grads": True, "lr_decay_end": 4}
+    settings |= {"n_layer": 1, "attention_types": [[["global"], 1]], "n_embd": 128, "n_vocab": 130, "weight_decay": 0.1}
+    settings |= {"tokens_per_mb_per_replica": 16, **DROPOUT}  # two microbatches
+    runs = []
+    for name, parts in (("straight", [4]), ("resumed", [2, 4])):
+        (tmp_path / name).mkdir()
+        runs.append(Workspace(tmp_path / name, **settings))
+        for steps in parts:
+            assert runs[-1].main("--set", f"train_steps={steps}") == 0
+    straight, resumed = runs
+    assert resumed.losses() == straight.losses()
+    expected, found = straight.weights(), resumed.weights()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    slots = {name.rpartition("_slot_")[2]: value.shape for name, value in expected.items() if "gpt2/wte_slot" in name}
+    assert slots == {"vr": (128,), "vc": (130,), "m": (130, 128)}
+
+    curves = read_curves(straight)
+    variables = {name for name in expected if "_slot_" not in name} - {"global_step"}
+    assert {tag for tag in curves if "/" in tag} == {f"grads/norm/{name}" for name in variables}
+    for step in range(1, 5):
+        norms = [curves[f"grads/norm/{name}"][step] for name in variables]
+        assert min(norms) > 0
+        assert np.linalg.norm(norms) == pytest.approx(curves["grad_norm"][step], rel=1e-5)
+    assert straight.metrics()[0].keys() == {
+        *("step", "time", "loss", "cross_entropy", "lr", "grad_norm", "tokens_per_second")
     }
-    assert {"loss", "lr", "grad_norm"} <= tags
 
 
 def test_training_that_reached_its_end_does_nothing_and_new_starts_again(tmp_path: Path) -> None:

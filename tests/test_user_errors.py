@@ -101,7 +101,6 @@ CONFIG = {
     "no JSON": Case("", "line 1, column 14: this is not JSON", before=text("config.json", '{"n_head": 4,')),
     "no dataset": Case("", "datasets is empty; training needs at", {"datasets": [], "no_dataset": True}),
     "dataset larger than the model": Case("", 'dataset "mine" (n_vocab 50) needs at least 50', dataset={"n_vocab": 50}),
-    "feature that is not built": Case("", 'n_layer is 1, which is not available yet; use "2"'),
     "mesh string": Case("--mesh_shape x=2", 'mesh_shape is "x=2"; it must be axes and their sizes'),
 }
 DEVICES = {
@@ -328,8 +327,6 @@ def test_a_mistake_ends_in_a_sentence_and_loses_nothing(
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # where nobody answers, as anywhere but at Google
     monkeypatch.delenv("COLAB_TPU_ADDR", raising=False)
     monkeypatch.setattr("mesh.devices._TPU_PATIENCE", 1.0)
-    if "not built" in name and not case.flags:
-        monkeypatch.setattr(config, "NOT_BUILT", (("n_layer", lambda value: value == 1, 'use "2"'),))
     run = make_workspace(tmp_path, case.changes, case.dataset, case.sampling)
     if case.trained:
         shutil.copytree(trained, run.model_path)

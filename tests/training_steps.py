@@ -14,7 +14,7 @@ from mesh.experts import with_expert_rules
 from mesh.layout import parse
 from mesh.randomness import make_key
 from models import gpt
-from models.context import Context
+from models.context import Context, variable_dtype
 from models.dims import make_dims
 from tests.tiny import cpu_devices, random_tokens
 
@@ -46,14 +46,14 @@ def train_step(config: ModelConfig) -> Callable[[mtf.Mesh], Step]:
         shape = mtf.Shape([dims.batch, dims.sequence])
         inputs, labels = (mtf.import_tf_tensor(mesh, rows, shape) for rows in (tokens[:, :-1], tokens[:, 1:]))
         key = make_key(mesh, config.seed, tf.constant(0))
-        ctx = Context(config, mesh, dims, mtf.VariableDType(tf.float32), dropout_key=key)
+        ctx = Context(config, mesh, dims, variable_dtype(config, is_training=True), dropout_key=key)
         losses = gpt.losses(ctx, inputs, labels)
         loss = mtf.reduce_mean(losses.objective)
         if losses.auxiliary is not None:
             loss += losses.auxiliary
         variables = mesh.graph.trainable_variables
         gradients = mtf.gradients([loss], [variable.outputs[0] for variable in variables])
-        updates, _ = optimizers.apply_gradients(config, gradients, mtf.constant(mesh, config.lr))
+        updates, _ = optimizers.apply_gradients(config, gradients, mtf.constant(mesh, config.lr), tf.constant(0))
         return Step(loss, {v.name: g for v, g in zip(variables, gradients, strict=True)}, updates)
 
     return build

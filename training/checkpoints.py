@@ -1,11 +1,16 @@
 """Checkpoint files of a model directory."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow.compat.v1 as tf
+from tensorflow.python.training.saver import BulkSaverBuilder
 
 from errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 10  # GPT-Neo keeps ten
 
@@ -103,6 +108,58 @@ def reason(error: Exception) -> str:
     return lines[-1].strip() or type(error).__name__
 
 
+class CheckpointSaver(tf.train.Saver):
+    """The saver of all variables of the graph; make it when all of them exist.
+
+    A variable that the checkpoint holds as another floating-point type is cast while it is restored: GPT-Neo stored
+    the weights of bfloat16 models as bfloat16. What is saved has the types of the graph.
+
+    Attributes:
+      cast_types: the types that the newest checkpoint in `model_path` holds variables as and that are cast.
+    """
+
+    def __init__(self, model_path: str):
+        super().__init__(sharded=True, max_to_keep=CHECKPOINTS_KEPT, save_relative_paths=True)
+        self._dtypes = {variable.op.name: variable.dtype.base_dtype for variable in tf.global_variables()}
+        path = newest_checkpoint(model_path)
+        stored = {} if path is None else self._stored_otherwise(path)
+        self.cast_types = sorted({dtype.name for dtype in stored.values()})
+        self._casting = tf.train.Saver(sharded=True, builder=_CastingBuilder(stored)) if stored else None
+
+    def restore(self, sess: tf.Session, save_path: str) -> None:
+        """Restore all variables; a session that is recovered may find a checkpoint that this run has saved since."""
+        if self._casting is not None and self._stored_otherwise(save_path):
+            self._casting.restore(sess, save_path)
+        else:
+            super().restore(sess, save_path)
+
+    def _stored_otherwise(self, path: str) -> dict[str, tf.DType]:
+        """{variable: its type in the checkpoint} where that is not the graph's."""
+        stored = tf.train.load_checkpoint(path).get_variable_to_dtype_map()
+        return {name: stored[name] for name, dtype in self._dtypes.items() if stored.get(name, dtype) != dtype}
+
+
+class _CastingBuilder(BulkSaverBuilder):
+    """Builds restoring operations that read `stored` types and cast them to the variables' own."""
+
+    def __init__(self, stored: Mapping[str, tf.DType]):
+        super().__init__()
+        self._stored = stored
+
+    def bulk_restore(
+        self, filename_tensor: tf.Tensor, saveables: Sequence[Any], preferred_shard: int, restore_sequentially: bool
+    ) -> list[tf.Tensor]:
+        del preferred_shard, restore_sequentially  # as in the class above: one operation reads everything
+        specs = [spec for saveable in saveables for spec in saveable.specs]
+        names, slices = [spec.name for spec in specs], [spec.slice_spec for spec in specs]
+        dtypes = [self._stored.get(spec.name, spec.dtype) for spec in specs]
+        with tf.device("cpu:0"):
+            tensors = tf.raw_ops.RestoreV2(
+                prefix=filename_tensor, tensor_names=names, shape_and_slices=slices, dtypes=dtypes
+            )
+            return [tf.cast(tensor, spec.dtype) for tensor, spec in zip(tensors, specs, strict=True)]
+
+
 class CheckpointHook(tf.train.SessionRunHook):
     """Saves `model.ckpt-N` at the start of a run, every so many steps and at the end: sharded, with relative paths.
 
@@ -116,8 +173,11 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._model_path = model_path
         self._every_steps = every_steps
         self._steps_per_run = steps_per_run  # at most; a TPU runs many steps before it returns to the host
-        self._saver = tf.train.Saver(sharded=True, max_to_keep=CHECKPOINTS_KEPT, save_relative_paths=True)
+        self._saver = CheckpointSaver(model_path)
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # where the Estimator looks for what restores
+        if self._saver.cast_types:
+            types = ", ".join(self._saver.cast_types)
+            logger.info("the checkpoint holds %s variables, which are saved as float32 from now on", types)
 
     def begin(self) -> None:
         self._step = tf.train.get_global_step()
@@ -168,7 +228,8 @@ def stored_shapes(model_path: str) -> dict[str, list[int]] | None:
 
 
 def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None:
-    """Raise UserError when the newest checkpoint cannot hold `variables`: missing, of another shape or another type."""
+    """Raise UserError when the newest checkpoint cannot be restored into `variables`: one is missing, or of another
+    shape, or of a type that CheckpointSaver does not cast."""
     path, stored = newest_checkpoint(model_path), stored_shapes(model_path)
     if path is None or stored is None:
         return
@@ -185,8 +246,9 @@ def verify_checkpoint(model_path: str, variables: Sequence[tf.Variable]) -> None
                 f"checkpoint {path!r} holds {name!r} of shape {list(stored[name])} but the config makes it {shape}; "
                 "use the config it was trained with, another model_path, or start again with --new"
             )
-        if dtypes[name] != variable.dtype.base_dtype:
+        dtype = variable.dtype.base_dtype
+        if dtypes[name] != dtype and not (dtypes[name].is_floating and dtype.is_floating):
             raise UserError(
-                f"checkpoint {path!r} holds {name!r} as {dtypes[name].name}, which is not converted to "
-                f"{variable.dtype.base_dtype.name} yet; the file is whole: keep it, and use a checkpoint of that type"
+                f"checkpoint {path!r} holds {name!r} as {dtypes[name].name}, which cannot become {dtype.name}: only "
+                "floating-point types are cast; use another model_path, or start again with --new"
             )

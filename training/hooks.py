@@ -178,11 +178,15 @@ class FiniteHook(tf.train.SessionRunHook):
 
 
 class ProgressHook(tf.train.SessionRunHook):
-    """One progress line, and every step's metrics in TensorBoard and in `<model_path>/metrics.jsonl`."""
+    """One progress line, and every step's metrics in TensorBoard and in `<model_path>/metrics.jsonl`.
 
-    def __init__(self, config: ModelConfig, metrics: dict[str, tf.Tensor]):
+    `details` are scalars too many for a line: they go to TensorBoard alone.
+    """
+
+    def __init__(self, config: ModelConfig, metrics: dict[str, tf.Tensor], details: dict[str, tf.Tensor]):
         self._config = config
         self._metrics = metrics
+        self._details = details
         self._bar: tqdm | None = None
 
     def begin(self) -> None:
@@ -202,17 +206,17 @@ class ProgressHook(tf.train.SessionRunHook):
         self._bar = progress_bar(f"train {self._config.name}", "step", self._config.train_steps, first)
 
     def before_run(self, run_context: tf.train.SessionRunContext) -> tf.train.SessionRunArgs:
-        return tf.train.SessionRunArgs(self._metrics)
+        return tf.train.SessionRunArgs([self._metrics, self._details])
 
     def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
         assert self._bar is not None
         now = time.monotonic()
-        metrics = {name: float(value) for name, value in run_values.results.items()}
+        metrics, details = ({name: float(x) for name, x in found.items()} for found in run_values.results)
         metrics["tokens_per_second"] = self._config.tokens_per_batch / (now - self._last_time)
         self._last_time = now
         self._bar.update(1)
         step = self._bar.n  # steps done, the number a checkpoint made now would carry
-        self._writer.add_summary(_summary(metrics), step)
+        self._writer.add_summary(_summary(metrics | details), step)
         self._log.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
         if now >= self._next_flush:
             self._log.flush()

@@ -74,7 +74,7 @@ _INVISIBLE = (
 def warn_of_changes(config: ModelConfig) -> None:
     """Warn where the model in `model_path` was trained as another one that has the same variables."""
     try:
-        trained = load_model_config(os.path.join(config.model_path, _CONFIG), allow_unbuilt=True)
+        trained = load_model_config(os.path.join(config.model_path, _CONFIG))
     except UserError:  # trained elsewhere, or long ago
         return
     for key in _INVISIBLE:
