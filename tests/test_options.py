@@ -81,8 +81,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def option_config(directory: Path, name: str) -> ModelConfig:
-    return tiny_config(directory, **({"n_embd": 12, "n_head": 2, "n_vocab": 20} | OPTIONS[name]))
+def option_config(directory: Path, name: str, **changes: Any) -> ModelConfig:
+    return tiny_config(directory, **({"n_embd": 12, "n_head": 2, "n_vocab": 20} | OPTIONS[name] | changes))
 
 
 def some_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
