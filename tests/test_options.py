@@ -1,6 +1,5 @@
 """Every architecture option against the numpy model: logits, gradients, cached decoding, and any mesh."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -242,49 +241,3 @@ def assert_devices_agree(config: ModelConfig, tokens: np.ndarray, layouts: list[
         np.testing.assert_allclose(several["logits"], one["logits"], atol=1e-4, err_msg=layout)
         for variable, gradient in one["gradients"].items():
             np.testing.assert_allclose(several["gradients"][variable], gradient, atol=1e-4, err_msg=variable)
-
-
-# What GPT-Neo's checkpoints hold for each option, beside what every one holds.
-EMBD, VOCAB = 12, 20
-NAMES: dict[str, dict[str, tuple[int, ...]]] = {
-    "none": {"h0/attn/q": (EMBD, EMBD), "h1/norm_2/g": (EMBD,)},
-    "axial": {"axial_wpe_1": (3, EMBD), "axial_wpe_2": (4, EMBD)},
-    "glu": {"h0/mlp/conv1d_main/c_fc/kernel": (EMBD, 96), "h0/mlp/conv1d_main/c_proj/kernel": (48, EMBD)},
-    "scalenorm": {"h0/norm_1/g": (), "h0/norm_2/g": (), "ln_f/g": (EMBD,), "ln_f/b": (EMBD,)},
-    "rezero": {"h0/norm_rezero_1/g": (), "h0/norm_rezero_2/g": ()},
-    "memory": {"h0/attn/attention/mem_k": (3, 2, 6), "h0/attn/attention/mem_v": (3, 2, 6)},
-    "macaron": {
-        "h0/mlp_macaron/conv1d_main/c_fc/kernel": (EMBD, 48),
-        "h0/mlp_macaron/conv1d_main/c_proj/bias": (EMBD,),
-    },
-    "shared": {"/attn/q": (EMBD, EMBD), "/norm_1/g": (EMBD,), "/mlp/conv1d_main/c_fc/bias": (48,)},
-    "prelu": {"h0/mlp/conv1d_main/activation_prelu/slope": ()},
-    "psoftplus + shared": {f"/mlp/conv1d_main/activation_psoftplus/{number}": () for number in "abc"},
-    "moe + none": {
-        "h0/mlp/conv1d_main/c_fc/kernel": (EMBD, 48),
-        "h1/top_2_gating/kernel": (EMBD, 4),
-        "h1/wi/kernel": (4, EMBD, 10),
-        "h1/wo/kernel": (4, 10, EMBD),
-    },
-    "untied": {
-        "wte_final_linear/conv1d_main/linear_out/kernel": (EMBD, VOCAB),
-        "wte_final_linear/conv1d_main/linear_out/bias": (VOCAB,),
-    },
-}
-ABSENT = {
-    "none": r"h1/(attn|norm_1)/",
-    "axial": r"/wpe$",
-    "rotary": r"/wpe$",
-    "moe + none": r"h1/(mlp|(top_2_gating|wi|wo)/bias)",
-    "scalenorm": r"norm_\d/b$",
-    "rezero": r"norm_\d/",
-    "shared": r"/h\d",
-}
-
-
-@pytest.mark.parametrize("name", sorted(NAMES.keys() | ABSENT.keys()))
-def test_variables_are_named_and_shaped_as_in_checkpoints(tmp_path: Path, name: str) -> None:
-    shapes = shapes_of(option_config(tmp_path, name))
-    for variable, shape in NAMES.get(name, {}).items():
-        assert shapes[f"gpt2/{variable}"] == shape
-    assert not [v for v in shapes if name in ABSENT and re.search(ABSENT[name], v)]
