@@ -155,15 +155,14 @@ class Variant(NamedTuple):
     costs: list[Cost]  # for the rest
 
 
-def measure_speed(folder: Path, rounds: int, megabytes: float, processes: int, quick: bool) -> list[Variant]:
+def measure_speed(folder: Path, tokenizers: dict[str, Path], rounds: int, processes: int) -> list[Variant]:
     """Each variant once in every round, the first in one the last in the next; the first row is `encode_batch`."""
-    tokenizers = make_tokenizers(folder, quick)
     row, fast = next(iter(tokenizers.items()))
     variants = [Variant(ALONE, fast, (), [], [])]
     variants += [Variant(name, path, ("--no-ftfy",), [], []) for name, path in tokenizers.items()]
     variants += [Variant(f"{row}, with ftfy", fast, (), [], [])]
     order = [variant for number in range(rounds) for variant in variants[:: -1 if number % 2 else 1]]
-    for variant in tqdm(order, desc=f"{megabytes:.0f} MB"):
+    for variant in tqdm(order, desc="speed"):
         if variant.name == ALONE:
             variant.costs.append(alone(variant.tokenizer, folder / "input"))
         else:
@@ -176,7 +175,7 @@ def measure_speed(folder: Path, rounds: int, megabytes: float, processes: int, q
 
 def speed_table(variants: Sequence[Variant], megabytes: float, little: float) -> str:
     """Medians over the rounds; ratios are taken in each round."""
-    lines = ["| | MB/s | MB per CPU second | times alone | times alone, CPU | start-up |", "| --- " * 6 + "|"]
+    lines = ["| | MB/s | MB per CPU second | times alone | times alone, CPU | start-up, CPU |", "| --- " * 6 + "|"]
     speeds = {}
     for variant in variants:
         amount = megabytes - little if variant.starts else megabytes
@@ -186,7 +185,7 @@ def speed_table(variants: Sequence[Variant], megabytes: float, little: float) ->
         cells = [statistics.median(by_clock), statistics.median(by_cpu)]
         for mine, theirs in zip(speeds[variant.name], speeds[ALONE], strict=True):
             cells.append(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)))
-        start = f"{statistics.median(cost.seconds for cost in variant.starts):.1f} s" if variant.starts else ""
+        start = f"{statistics.median(cost.cpu for cost in variant.starts):.1f} s" if variant.starts else ""
         lines.append(f"| {variant.name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + f" | {start} |")
     return "\n".join(lines)
 
@@ -194,7 +193,7 @@ def speed_table(variants: Sequence[Variant], megabytes: float, little: float) ->
 def memory_table(folder: Path, texts: list[str], megabytes: float, processes: int) -> str:
     """What the processes hold at most, for a tenth of the text and for all of it."""
     lines = ["| text | most memory, all processes | time |", "| --- | --- | --- |"]
-    tokenizer = next(iter(folder.glob("*.json")))
+    tokenizer = min(folder.glob("*.json"))  # the first that make_tokenizers made
     for size in (megabytes / 10, megabytes):
         with tempfile.TemporaryDirectory(dir=folder) as name:
             amount = write_input(Path(name, "input"), texts, int(size * 1e6))
@@ -209,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="little text, one round: to see that it runs")
     add("--input", type=Path, help="a folder of .txt files to measure with (default: Python's standard library)")
-    add("--megabytes", type=float, default=12, help="text for the speeds (default: %(default)s)")
+    add("--megabytes", type=float, default=12, help="text for the speeds, 0 for none (default: %(default)s)")
     add("--rounds", type=int, default=3, help="(default: %(default)s)")
     add("--memory_megabytes", type=float, default=1000, help="text for the memory, 0 for none (default: %(default)s)")
     add("--alone", nargs=2, type=Path, metavar=("TOKENIZER", "FOLDER"), help="only `encode_batch`, as JSON")
@@ -222,13 +221,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes = 1 if args.quick else len(os.sched_getaffinity(0))
     root, suffix = (args.input, ".txt") if args.input else (Path(sysconfig.get_path("stdlib")), ".py")
     texts = list(texts_below(root, suffix))
+    print(f"{processes} processes, {len(texts)} texts, {args.rounds} rounds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        little = write_input(folder / "little", texts, processes * (1 << 18)) / 1e6  # a batch for each process
-        megabytes = write_input(folder / "input", texts, int(args.megabytes * 1e6)) / 1e6
-        variants = measure_speed(folder, args.rounds, megabytes, processes, args.quick)
-        print(f"{processes} cores, as many processes; {len(texts)} texts, {megabytes:.1f} MB; {args.rounds} rounds\n")
-        print(speed_table(variants, megabytes, little))
+        tokenizers = make_tokenizers(folder, args.quick)
+        if args.megabytes:
+            little = write_input(folder / "little", texts, processes * (1 << 18)) / 1e6  # a batch for each process
+            megabytes = write_input(folder / "input", texts, int(args.megabytes * 1e6)) / 1e6
+            variants = measure_speed(folder, tokenizers, args.rounds, processes)
+            print(f"\n{megabytes:.1f} MB of text\n\n{speed_table(variants, megabytes, little)}")
         if args.memory_megabytes:
             print("\n" + memory_table(folder, texts, args.memory_megabytes, processes))
 

@@ -134,7 +134,7 @@ class TokenizerPool:
         in_flight: deque[tuple[TextBatch, Future[TokenBatch]]] = deque()
         try:
             for batch in batches:
-                in_flight.append((batch._replace(texts=[]), self._executor.submit(_tokenize_in_worker, batch.texts)))
+                in_flight.append((batch._replace(texts=[]), _submit(self._executor, batch.texts)))
                 if len(in_flight) >= self._processes * _BATCHES_PER_PROCESS:
                     yield _finished(in_flight)
             while in_flight:
@@ -144,6 +144,16 @@ class TokenizerPool:
                 f"one of the {self._processes} tokenising processes was killed, most likely for lack of memory; "
                 "try a smaller --processes"
             ) from error
+
+
+def _submit(executor: ProcessPoolExecutor, texts: list[str]) -> "Future[TokenBatch]":
+    """Ctrl-C reaches every process of a terminal, and this one ends the others: a worker that is started here inherits
+    that the signal is blocked, from its first moment on. Here it is delivered a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(_tokenize_in_worker, texts)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _finished(in_flight: deque[tuple[TextBatch, "Future[TokenBatch]"]]) -> tuple[TextBatch, TokenBatch]:
@@ -175,7 +185,6 @@ def _start_worker(path: str) -> None:
     global _worker
     with open(path, "rb") as file:
         _worker = pickle.load(file)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -137,14 +137,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(tmp_path: Path, token
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path, tokenizer_path: Path, run: Run, signum: int):
-    documents = random_documents(20_000, seed=2)
+    documents = random_documents(20_000, seed=2) * 3
     write_lines(tmp_path / "in", documents)
-    flags = ["--files_per", "2000", "--no-ftfy"]
+    flags = ["--files_per", "200", "--no-ftfy"]
     arguments = ["--input_dir", run.input, "--output_dir", run.output, "--name", "set", "--processes", "2"]
     command = [sys.executable, "data/create_tfrecords.py", *map(str, arguments), *run.flags, *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     give_up = time.monotonic() + 100
-    while not (run.output / "set_0_2000.tfrecords").exists():
+    while not (run.output / "set_0_200.tfrecords").exists():
         assert process.poll() is None and time.monotonic() < give_up
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
