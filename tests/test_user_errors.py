@@ -212,7 +212,11 @@ MODEL_PATH = {
         before=remove("model/checkpoint"),
         trained=True,
     ),
-    "NaN": Case("--set lr=1e30 --steps_per_checkpoint 5", "; lr 1e+30 may be too high or", {"train_steps": 40}),
+    "NaN": Case(
+        "--set lr=1e30 --steps_per_checkpoint 5",
+        "; lr 1e+30 may be too high or",
+        {"train_steps": 40, "precision": "bfloat16"},
+    ),
 }  # fmt: skip
 SAMPLING = {
     "no prompt file": Case("--predict --prompt {dir}/nowhere", "--prompt: {dir}/nowhere can't be read", trained=True),
