@@ -21,9 +21,11 @@ from data.encoders import Encoder, SpecialIds, special_ids
 from errors import UserError
 from input_pipeline.samples import write_samples
 from mesh.devices import LocalDevices, local_devices, tpu_resolver
-from mesh.layout import MeshLayout, check_devices, check_layout, parse
+from mesh.hardware import hardware
+from mesh.layout import MeshLayout, check_devices, check_layout, mesh_shapes, parse
 from model_fns import Run, make_model_fn
 from models.dims import TENSORS, layout_sizes
+from planning import make_report, search_layout
 from sample import Sampling
 from training.checkpoints import latest_step, newest_checkpoint
 from training.failures import explained
@@ -44,6 +46,45 @@ def check_dataset(args: argparse.Namespace, config: ModelConfig) -> int:
         write_samples(config, args.sample, output)
         logger.info("%d training examples written to %s", args.sample, output)
     return 0 if report.ok else 1
+
+
+def plan(args: argparse.Namespace, config: ModelConfig) -> int:
+    """Print what training `config` costs each device; 1 if it cannot be trained so. Needs neither devices nor data."""
+    device = hardware(args.device) if args.device else None
+    layout = parse(config.mesh_shape, config.layout, _num_planned(args, config) or 1)
+    there = (len(args.gpu_ids), "devices named") if args.gpu_ids else None
+    if device is not None and device.count is not None:
+        there = (device.count, f"TPU devices in {device.name}")
+    report = make_report(config, layout, device, there)
+    print(report.text())
+    return 1 if report.problems else 0
+
+
+def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
+    """Print the layout of least memory as a config has it, and the mesh if that is asked for; with --plan its plan."""
+    count = _num_planned(args, config) or len(local_devices(None).names)
+    meshes = list(mesh_shapes(count))
+    if args.auto_layout:
+        mesh = parse(config.mesh_shape or f"x:{count}", None, count)
+        check_devices(mesh, count, "devices named")
+        meshes = [dict(mesh.axes)]
+    layout = search_layout(config, meshes)
+    lines = [f'"mesh_shape": "{layout.mesh_shape}",'] if args.auto_layout_and_mesh_shape else []
+    print("\n".join([*lines, f'"layout": "{layout.layout}"']))
+    if not args.plan:
+        return 0
+    print()
+    return plan(args, config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}))
+
+
+def _num_planned(args: argparse.Namespace, config: ModelConfig) -> int | None:
+    """How many devices the flags name, else those of the config's mesh, if either says."""
+    if args.tpu:
+        return _num_tpu_cores(args.tpu, tpu_resolver(args.tpu))
+    if args.gpu_ids:
+        return len(args.gpu_ids)
+    named = hardware(args.device).count if args.device else None
+    return named or (parse(config.mesh_shape, None, 1).size if config.mesh_shape else None)
 
 
 @dataclass(frozen=True)

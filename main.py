@@ -37,6 +37,12 @@ def make_parser(
     what.add_argument("--predict", action="store_true", help="continue the prompts of --prompt")
     what.add_argument("--check_dataset", action="store_true", help="audit the datasets; exit code 1 if they do not fit")
     what.add_argument("--export", action="store_true", help="write the last checkpoint as a SavedModel")
+    action.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what training costs each device; exit code 1 if it cannot be trained so",
+    )
+    action.add_argument("--device", metavar="NAME", help="with --plan: compare with e.g. v3-8, a100-80")
     what.add_argument("--auto_layout", action="store_true", help="print a memory-efficient layout")
     what.add_argument("--auto_layout_and_mesh_shape", action="store_true", help="print a layout and a mesh shape")
 
@@ -96,9 +102,6 @@ def read_config(args: argparse.Namespace) -> ModelConfig:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for values and combinations that argparse cannot judge."""
-    for flag in ("auto_layout", "auto_layout_and_mesh_shape"):
-        if getattr(args, flag):
-            raise UserError(f"--{flag} is not built yet; run without it")
     if args.tpu and args.gpu_ids:
         raise UserError(
             f"--tpu {args.tpu!r} and --gpu_ids {' '.join(args.gpu_ids)!r} exclude each other; give one of them"
@@ -107,6 +110,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--tpu '' names no TPU; give its name or grpc:// address, or leave --tpu out for local devices")
     if args.sample and not args.check_dataset:
         raise UserError(f"--sample {args.sample} goes with --check_dataset; add it or leave --sample out")
+    _check_looking(args)
     if not re.fullmatch(r"[\w.-]*", args.sacred_id):
         raise UserError(f"--sacred_id {args.sacred_id!r} names files; use letters, digits, '.', '-' and '_' only")
     for action in ("eval", "predict", "export", "check_dataset"):
@@ -121,6 +125,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--top_k {args.top_k} is negative; use 0 to draw from all tokens")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p} is not a probability above 0 and up to 1; use 1 to draw from all tokens")
+
+
+def _check_looking(args: argparse.Namespace) -> None:
+    """Raise UserError for what does not go with flags that only look at training."""
+    if args.device and not args.plan:
+        raise UserError(f"--device {args.device!r} goes with --plan; add it or leave --device out")
+    for looking in ("plan", "auto_layout", "auto_layout_and_mesh_shape"):
+        for action in ("eval", "predict", "export", "check_dataset", "new"):
+            if getattr(args, looking) and getattr(args, action):
+                raise UserError(f"--{looking} only looks at what training would do; run it without --{action}")
 
 
 def prepare_tensorflow() -> None:
@@ -140,6 +154,10 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
 
     if args.check_dataset:
         return commands.check_dataset(args, config)
+    if args.auto_layout or args.auto_layout_and_mesh_shape:
+        return commands.auto_layout(args, config)
+    if args.plan:
+        return commands.plan(args, config)
     from training.hooks import Stopped
 
     actions = {"eval": commands.evaluate, "predict": commands.predict, "export": commands.export}

@@ -14,6 +14,7 @@ from mesh.devices import LocalDevices, local_mesh, tpu_mesh
 from mesh.experts import with_expert_rules
 from mesh.layout import MeshLayout
 from mesh.operations import one_at_a_time
+from mesh.plan import TrainingGraph, variables_described
 from mesh.randomness import fold_in, make_key
 from models import gpt
 from models.context import Context, variable_dtype
@@ -23,6 +24,7 @@ from sample import Sampling, decode
 from tasks import TASKS
 from training.checkpoints import CheckpointHook, CheckpointSaver, stored_shapes, verify_checkpoint
 from training.hooks import FiniteHook, ProgressHook, StopOnSignal
+from training.sums import running_sum
 
 logger = logging.getLogger(__name__)
 
@@ -177,23 +179,53 @@ def _gradients(
     return one_at_a_time(*mtf.serialize_training_step(features | {"microbatch": rows}, microbatch, dims.batch, count))
 
 
-def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
-    """One training step: losses, gradients, clipping, update. Logs what is about to be trained."""
-    config = run.config
-    global_step = tf.train.get_or_create_global_step()
-    graph = _Graph(run, params, params["batch_size"], is_training=True)
+@dataclass(frozen=True)
+class _Step:
+    """A training step as Mesh-TensorFlow operations: mean losses, gradients of all trainable variables, their global
+    norm, under log_grads the norm of each, the learning rate, and the assignments to variables."""
+
+    losses: dict[str, mtf.Tensor]
+    gradients: list[mtf.Tensor]
+    norm: mtf.Tensor
+    norms: dict[str, mtf.Tensor]
+    rate: tf.Tensor
+    updates: list[mtf.Operation]
+
+
+def _training_step(graph: _Graph, features: Features, global_step: tf.Tensor) -> _Step:
+    config = graph.run.config
     batch = graph.import_batch({name: features[name] for name in ("inputs", "labels")})
     gradients, losses = _gradients(graph, batch, make_key(graph.mesh, config.seed, global_step))
     tf_rate = optimizers.learning_rate(config, global_step)
     rate = mtf.import_fully_replicated(graph.mesh, tf_rate, mtf.Shape([]), name="learning_rate")
     updates, norm = optimizers.apply_gradients(config, gradients, rate, global_step)
     norms = optimizers.gradient_norms(gradients) if config.log_grads else {}
+    return _Step(losses, gradients, norm, norms, tf_rate, updates)
+
+
+def training_graph(config: ModelConfig, layout: MeshLayout) -> TrainingGraph:
+    """A training step of `config` to be looked at, on any mesh: no variable is made, and nothing can be run."""
+    devices = LocalDevices(tuple(f"/device:CPU:{i}" for i in range(layout.size)))  # mere names
+    run = Run(config, layout, devices, 1, 0, Sampling(), StopOnSignal())
+    with variables_described():
+        graph = _Graph(run, {}, config.train_batch_size, is_training=True)
+        tokens = tf.placeholder(tf.int32, [config.train_batch_size, config.n_ctx])
+        step = _training_step(graph, {"inputs": tokens, "labels": tokens}, tf.placeholder(tf.int64, []))
+    return TrainingGraph(graph.graph, step.gradients, [*step.losses.values(), step.norm, *step.norms.values()])
+
+
+def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:
+    """One training step: losses, gradients, clipping, update. Logs what is about to be trained."""
+    config = run.config
+    global_step = tf.train.get_or_create_global_step()
+    graph = _Graph(run, params, params["batch_size"], is_training=True)
+    step = _training_step(graph, features, global_step)
     lowering = graph.lower()
 
-    metrics = {name: lowering.export_to_tf_tensor(value) for name, value in losses.items()}
-    metrics |= {"lr": tf_rate, "grad_norm": lowering.export_to_tf_tensor(norm)}
-    details = {name: lowering.export_to_tf_tensor(value) for name, value in norms.items()}
-    update_ops = [lowering.lowered_operation(operation) for operation in updates]
+    metrics = {name: lowering.export_to_tf_tensor(value) for name, value in step.losses.items()}
+    metrics |= {"lr": step.rate, "grad_norm": lowering.export_to_tf_tensor(step.norm)}
+    details = {name: lowering.export_to_tf_tensor(value) for name, value in step.norms.items()}
+    update_ops = [lowering.lowered_operation(operation) for operation in step.updates]
     with tf.control_dependencies(update_ops):
         train_op = tf.assign_add(global_step, 1)
     _log_model(config, run.layout, sum(variable.size for variable in graph.graph.trainable_variables))
@@ -265,7 +297,7 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
     _restore_all(run.config.model_path)
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
-        sums = {name: _running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
+        sums = {name: running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
         tokens, _ = sums["tokens"]
         return sums | {name: (sums[name][0] / tokens, sums[name][1]) for name in ("cross_entropy", "objective")}
 
@@ -291,7 +323,7 @@ def task_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estima
     _restore_all(run.config.model_path)
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
-        sums = {name: _running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
+        sums = {name: running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
         update = tf.group(*[operation for _, operation in sums.values()])
         metrics = task.metrics({name: value for name, (value, _) in sums.items()})
         return {name: (value, update) for name, value in metrics.items()}
@@ -302,20 +334,6 @@ def task_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estima
         eval_metrics=(metric_fn, tensors),
         evaluation_hooks=[mtf.MtfRestoreHook(lowering)],
     )
-
-
-def _running_sum(name: str, value: tf.Tensor) -> tuple[tf.Tensor, tf.Operation]:
-    """A metric (value, update) that adds up `value` over the batches, in float64: float32 loses tokens past 2^24."""
-    with tf.device("/cpu:0"):
-        total = tf.get_variable(
-            f"sum_of_{name}",
-            [],
-            tf.float64,
-            tf.zeros_initializer(),
-            trainable=False,
-            collections=[tf.GraphKeys.LOCAL_VARIABLES, tf.GraphKeys.METRIC_VARIABLES],
-        )
-        return total, tf.assign_add(total, tf.cast(value, tf.float64))
 
 
 def predict_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estimator.tpu.TPUEstimatorSpec:

@@ -6,18 +6,25 @@ model's tensors is split over which axis. This module knows strings, sizes and n
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from errors import UserError
 
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """A parsed pair of mesh shape and layout: `axes` {mesh axis: size}, `rules` {dimension: mesh axis}."""
+    """A parsed pair of mesh shape and layout.
+
+    Attributes:
+      axes: {mesh axis: size}.
+      rules: {dimension: mesh axis}.
+      assumed: whether nobody wrote them.
+    """
 
     axes: Mapping[str, int]
     rules: Mapping[str, str]
+    assumed: bool = field(default=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -38,6 +45,10 @@ class MeshLayout:
         """Into how many parts the dimension called `dim` is split."""
         return self.axes[self.rules[dim]] if dim in self.rules else 1
 
+    def without(self, dims: Collection[str]) -> "MeshLayout":
+        """The same with `dims` not split."""
+        return replace(self, rules={dim: axis for dim, axis in self.rules.items() if dim not in dims})
+
 
 def parse(mesh_shape: str | None, layout: str | None, num_devices: int) -> MeshLayout:
     """Read the two strings; where `mesh_shape` is absent, the batch is split over all devices.
@@ -47,7 +58,7 @@ def parse(mesh_shape: str | None, layout: str | None, num_devices: int) -> MeshL
     if mesh_shape is None:
         if layout:
             raise UserError(f"layout {layout!r} needs a mesh_shape; with {num_devices} devices e.g. 'x:{num_devices}'")
-        return MeshLayout({"all": num_devices}, {"batch": "all"})
+        return MeshLayout({"all": num_devices}, {"batch": "all"}, assumed=True)
     axes: dict[str, int] = {}
     for axis, size in _pairs("mesh_shape", mesh_shape, "x:4,y:2"):
         if not size.isdigit() or int(size) < 1:
@@ -89,15 +100,32 @@ def check_devices(mesh: MeshLayout, num_devices: int, what: str) -> None:
     shape = mesh.mesh_shape or "(empty)"
     first = next(iter(mesh.axes), "x")
     fitting = f"{first}:{num_devices}"
+    others = f"use a TPU of {mesh.size} cores" if "TPU" in what else f"name {mesh.size} devices with --gpu_ids"
     raise UserError(
         f"mesh_shape {shape!r} has {mesh.size} processors but there {'is' if num_devices == 1 else 'are'} "
         f"{num_devices} {what}; use a mesh whose sizes multiply to {num_devices}, e.g. --mesh_shape {fitting} "
-        f"--layout batch:{first}, or name {mesh.size} devices with --gpu_ids"
+        f"--layout batch:{first}, or {others}"
     )
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """Why a layout does not fit a model: a sentence with what would, and the dimension that cannot be split so."""
+
+    sentence: str
+    dim: str
+
+
 def check_layout(mesh: MeshLayout, sizes: Mapping[str, Mapping[str, int]], tensors: Sequence[Sequence[str]]) -> None:
-    """Raise UserError unless the layout fits the model.
+    """Raise UserError, with the first of the misfits, unless the layout fits the model. Arguments as for `misfits`."""
+    for misfit in misfits(mesh, sizes, tensors):
+        raise UserError(misfit.sentence)
+
+
+def misfits(
+    mesh: MeshLayout, sizes: Mapping[str, Mapping[str, int]], tensors: Sequence[Sequence[str]]
+) -> Iterator[Misfit]:
+    """Everything that keeps the layout from the model.
 
     Args:
       mesh: the parsed mesh and layout.
@@ -108,25 +136,57 @@ def check_layout(mesh: MeshLayout, sizes: Mapping[str, Mapping[str, int]], tenso
         if dim not in sizes:
             near = difflib.get_close_matches(dim, sizes, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
+            yield Misfit(
                 f"layout {mesh.layout!r} names dimension {dim!r}, which this model does not have; "
-                f"{hint}its dimensions are {', '.join(sizes)}"
+                f"{hint}its dimensions are {', '.join(sizes)}",
+                dim,
             )
-        for source, size in sizes[dim].items():
+        for source, size in sizes.get(dim, {}).items():
             if size % mesh.axes[axis]:
-                raise UserError(
-                    f"layout rule '{dim}:{axis}' splits {source} = {size} into {mesh.axes[axis]} parts, which does not "
-                    f"divide it; change {source} to a multiple of {mesh.axes[axis]}, or the mesh_shape or layout"
-                )
+                yield Misfit(_indivisible(mesh, dim, source, size), dim)
+    seen: set[tuple[str, str]] = set()
     for tensor in tensors:
-        seen: dict[str, str] = {}
-        for dim in tensor:
-            taken = mesh.rules.get(dim)
-            if taken is None or mesh.axes[taken] == 1:
-                continue
-            if taken in seen:
-                raise UserError(
-                    f"layout {mesh.layout!r} splits {seen[taken]!r} and {dim!r} over the same axis {taken!r}, but one "
-                    f"tensor [{', '.join(tensor)}] has both; drop one of the two rules or give it another axis"
+        for first, second in _pairs_on_one_axis(mesh, tensor):
+            if (first, second) not in seen:
+                yield Misfit(
+                    f"layout {mesh.layout!r} splits {first!r} and {second!r} over the same axis "
+                    f"{mesh.rules[first]!r}, but one tensor [{', '.join(tensor)}] has both; drop one of the two rules "
+                    "or give it another axis",
+                    second,
                 )
-            seen[taken] = dim
+            seen.add((first, second))
+
+
+def _indivisible(mesh: MeshLayout, dim: str, source: str, size: int) -> str:
+    axis, ways = mesh.rules[dim], mesh.ways(dim)
+    if mesh.assumed:
+        return (
+            f"without a mesh_shape the batch is split over all {ways} devices, and {source} = {size} is no multiple of "
+            f"{ways}; change {source}, name other devices with --gpu_ids, or give a mesh_shape and a layout"
+        )
+    fewer = max(ways_ for ways_ in range(1, ways) if size % ways_ == 0)
+    smaller = f", let axis {axis!r} have {fewer}" if fewer > 1 else ""
+    return (
+        f"layout rule '{dim}:{axis}' splits {source} = {size} into {ways} parts, which does not divide it; change "
+        f"{source} to a multiple of {ways}{smaller}, or change the mesh_shape or layout"
+    )
+
+
+def _pairs_on_one_axis(mesh: MeshLayout, tensor: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Dimensions of `tensor` that the layout splits over the same axis, each with the first one there."""
+    taken: dict[str, str] = {}
+    for dim in tensor:
+        axis = mesh.rules.get(dim)
+        if axis is None or mesh.axes[axis] == 1:
+            continue
+        if axis in taken:
+            yield taken[axis], dim
+        taken.setdefault(axis, dim)
+
+
+def mesh_shapes(num_devices: int) -> Iterator[dict[str, int]]:
+    """Meshes {axis: size} of so many devices with one axis or two, the longer one first."""
+    yield {"x": num_devices}
+    for shorter in range(2, math.isqrt(num_devices) + 1):
+        if num_devices % shorter == 0:
+            yield {"x": num_devices // shorter, "y": shorter}

@@ -108,8 +108,10 @@ DEVICES = {
     "layout dimension": Case("--mesh_shape x:1 --layout head:x", "names dimension 'head', which this model does not"),
     "layout axis": Case("--mesh_shape x:1 --layout heads:y", "over axis 'y', which mesh_shape 'x:1' does not have"),
     "heads": Case(f"{CPU_2} cpu:2 --mesh_shape x:3 --layout heads:x", "'heads:x' splits n_head = 4 into 3 parts"),
-    "train_batch_size": Case(f"{CPU_2} cpu:2", "splits train_batch_size = 4 into 3 parts"),
-    "eval_batch_size": Case(f"--eval {CPU_2}", "splits eval_batch_size = 3 into 2 parts", {"eval_batch_size": 3}),
+    "train_batch_size": Case(f"{CPU_2} cpu:2", "all 3 devices, and train_batch_size = 4 is no multiple of 3"),
+    "eval_batch_size": Case(
+        f"--eval {CPU_2}", "all 2 devices, and eval_batch_size = 3 is no multiple of 2", {"eval_batch_size": 3}
+    ),
     "one axis twice": Case(
         f"{CPU_2} --mesh_shape x:2 --layout batch:x,heads:x", "'batch' and 'heads' over the same axis"
     ),
@@ -246,7 +248,20 @@ SAMPLING = {
     ),
 }
 FLAGS = {
-    "flag that is not built": Case("--auto_layout", "--auto_layout is not built yet"),
+    "--device": Case("--plan --device v3-5", "--device 'v3-5' is not known; known are t4-16, "),
+    "--device alone": Case("--device v3-8", "--device 'v3-8' goes with --plan"),
+    "--plan of an evaluation": Case(
+        "--plan --eval", "--plan only looks at what training would do; run it without --eval"
+    ),
+    "--auto_layout for other devices": Case(
+        f"--auto_layout {CPU_2} --mesh_shape x:4", "has 4 processors but there are 2 devices named"
+    ),
+    "--auto_layout of what cannot be split": Case(
+        "--auto_layout --mesh_shape x:11", "no dimension of the model can be split over 11 devices; use fewer"
+    ),
+    "--plan of what cannot be trained": Case(
+        "--plan --mesh_shape x:3 --layout heads:x", "", code=1, prints="problem: layout rule 'heads:x' splits n_head"
+    ),
     "unknown flag": Case("--stepz 3", "unrecognized arguments: --stepz 3"),
     "--set": Case("--set lr", '--set lr: it must be key=value, for example "lr=0.0001"'),
     "--steps_per_checkpoint": Case("--steps_per_checkpoint 0", "'0' is not a whole number above 0"),

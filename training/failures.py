@@ -49,6 +49,7 @@ def _explanation(error: tf.errors.OpError, config: ModelConfig, batch_key: str) 
     if isinstance(error, tf.errors.ResourceExhaustedError):
         return UserError(
             f"the devices ran out of memory; lower {batch_key} {getattr(config, batch_key)}, set "
-            "tokens_per_mb_per_replica or recompute_grad, or split more dimensions in layout"
+            "tokens_per_mb_per_replica or recompute_grad, or split more dimensions in layout; --plan says what a "
+            "training step needs"
         )
     return explain_input_error(error, config)
