@@ -12,7 +12,8 @@ import mesh_tensorflow.simd_mesh_impl as simd
 import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
-from tensorflow.python.ops import collective_ops
+from tensorflow.core.framework import attr_value_pb2
+from tensorflow.python.ops import collective_ops, control_flow_util
 
 from mesh import mtf
 from mesh.layout import MeshLayout
@@ -93,7 +94,50 @@ class EmulatedCore(simd.SimdMeshImpl):
 def _emulated(monkeypatch: pytest.MonkeyPatch, core: int, size: int, group_keys: dict) -> Iterator[None]:
     with monkeypatch.context() as patch, tf.device(f"/device:CPU:{core}"):
         patch.setattr(simd, "tpu_ops", Collectives(core, size, group_keys))
+        # TensorFlow's first form of a loop makes its name, which no other loop of the graph may have, a part of what
+        # collectives inside it meet by: those of several cores would never meet. Its second form calls functions.
+        patch.setattr(control_flow_util, "ENABLE_CONTROL_FLOW_V2", True)
         yield
+
+
+def lower_on_cores(
+    monkeypatch: pytest.MonkeyPatch, layout: MeshLayout, mesh: mtf.Mesh, pick: Callable[[mtf.Lowering], Any]
+) -> tuple[list[tf.Operation], list[Any]]:
+    """Lower the graph of `mesh` for every core: what copies the masters to its slices, and what `pick` takes of it."""
+    group_keys: dict[tuple[int, ...], int] = {}
+    copies, picked = [], []
+    for core in range(layout.size):
+        with _emulated(monkeypatch, core, layout.size, group_keys):
+            lowering = mtf.Lowering(mesh.graph, {mesh: EmulatedCore(layout, core)}, autostack=False)
+            copies.append(lowering.copy_masters_to_slices())
+            picked.append(pick(lowering))
+    for loop in loops():  # the session would turn them into the first form again
+        loop._set_attr("_lower_using_switch_merge", attr_value_pb2.AttrValue(b=False))
+    return copies, picked
+
+
+def loops() -> list[tf.Operation]:
+    """The cores' loops in the default graph."""
+    return [operation for operation in tf.get_default_graph().get_operations() if operation.type == "While"]
+
+
+def collectives_in(loop: tf.Operation) -> int:
+    """How many collectives one turn of a core's loop runs."""
+    body = loop.graph._get_function(loop.get_attr("body").name)
+    return sum(node.op == "CollectiveReduce" for node in body.cached_definition.node_def)
+
+
+def session_on_cores(layout: MeshLayout) -> tf.Session:
+    """A session in which no core's waiting for another keeps that one from running."""
+    config = tf.ConfigProto(device_count={"CPU": layout.size}, inter_op_parallelism_threads=4 * layout.size)
+    return tf.Session(config=without_rewriting(config))
+
+
+def start(session: tf.Session, weights: dict[str, np.ndarray], copies: list[tf.Operation]) -> None:
+    """Load `weights` and give every core its slices."""
+    load(weights, session)
+    session.run(tf.variables_initializer(tf.get_collection("slices")))
+    session.run(copies)
 
 
 def emulated_losses(
@@ -105,23 +149,16 @@ def emulated_losses(
 ) -> list[float]:
     """The losses of `steps` steps that `build(mesh)` describes, on emulated cores."""
     with tf.Graph().as_default():
-        graph = mtf.Graph()
-        mesh = mtf.Mesh(graph, "mesh")
+        mesh = mtf.Mesh(mtf.Graph(), "mesh")
         step = build(mesh)
-        group_keys: dict[tuple[int, ...], int] = {}
-        copies, losses, train = [], [], []
-        for core in range(layout.size):
-            with _emulated(monkeypatch, core, layout.size, group_keys):
-                lowering = mtf.Lowering(graph, {mesh: EmulatedCore(layout, core)}, autostack=False)
-                copies.append(lowering.copy_masters_to_slices())
-                losses.append(lowering.export_to_tf_tensor(step.loss))
-                train += [lowering.lowered_operation(update) for update in step.updates]
-        config = tf.ConfigProto(device_count={"CPU": layout.size}, inter_op_parallelism_threads=4 * layout.size)
-        with tf.Session(config=without_rewriting(config)) as session:
-            load(weights, session)
-            session.run(tf.variables_initializer(tf.get_collection("slices")))
-            session.run(copies)
-            found = [session.run([losses, train])[0] for _ in range(steps)]
+
+        def lowered(lowering: mtf.Lowering) -> tuple[tf.Tensor, list[tf.Operation]]:
+            return lowering.export_to_tf_tensor(step.loss), [lowering.lowered_operation(op) for op in step.updates]
+
+        copies, runs = lower_on_cores(monkeypatch, layout, mesh, lowered)
+        with session_on_cores(layout) as session:
+            start(session, weights, copies)
+            found = [[loss for loss, _ in session.run(runs)] for _ in range(steps)]
     for on_cores in found:
         np.testing.assert_array_equal(on_cores, on_cores[0])  # every core knows the same loss
     return [float(on_cores[0]) for on_cores in found]

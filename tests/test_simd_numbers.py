@@ -1,16 +1,25 @@
 """The graph that TPUs run gives the numbers that local devices give."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow.compat.v1 as tf
 
+import model_fns
+from config import ModelConfig
+from mesh import mtf
 from mesh.experts import with_expert_rules
 from mesh.layout import parse
-from tests.simd_emulation import emulated_losses
-from tests.tiny import tiny_config
+from models import gpt
+from models.context import Context
+from sample import Sampling
+from tests.simd_emulation import collectives_in, emulated_losses, loops, lower_on_cores, session_on_cores, start
+from tests.tiny import cpu_devices, random_tokens, tiny_config
 from tests.training_steps import run_steps, train_step, weights_of
+from training.hooks import StopOnSignal
 
 STEPS = 10
 BY_HEADS = "batch:x,heads:y,vocab:y,intermediate_expanded:y"
@@ -37,3 +46,64 @@ def test_cores_compute_what_local_devices_compute(tmp_path: Path, monkeypatch: p
     layout = with_expert_rules(parse("x:2,y:2", rules, 4))
     found = emulated_losses(monkeypatch, layout, train_step(config), weights_of(config), STEPS)
     np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+GREEDY, DRAWN = Sampling(temperature=0), Sampling(top_k=20, top_p=0.95, max_new_tokens=5)
+
+
+def continued(graph: model_fns._Graph, samplings: list[Sampling]) -> list[mtf.Tensor]:
+    """The loss of every token, and tokens and lengths that prediction makes of prompts of different lengths."""
+    config: ModelConfig = graph.run.config
+    tokens = random_tokens(4, config.n_ctx + 1, vocab=config.n_vocab)
+    labels = graph.import_batch({"labels": tf.constant(tokens[:, 1:])})["labels"]
+    features = {
+        "inputs": tf.constant(tokens[:, :-1]),
+        "prompt_length": tf.constant([3, 1, 6, 2]),
+        "prompt_number": tf.range(4),
+    }
+
+    def losses(ctx: Context, inputs: mtf.Tensor) -> mtf.Tensor:
+        return gpt.losses(ctx, inputs, labels).cross_entropy
+
+    outputs: list[mtf.Tensor] = []
+    for sampling in samplings:
+        graph.run = replace(graph.run, sampling=sampling)
+        outputs += model_fns._continue(graph, features, losses)
+    return [mtf.anonymize(output) for output in outputs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "samplings"),
+    [("plain, by heads", [GREEDY, DRAWN]), ("local and linear", [GREEDY, DRAWN]), ("experts", [GREEDY])],
+)
+def test_cores_evaluate_and_continue_as_local_devices_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, samplings: list[Sampling]
+) -> None:
+    changes, rules, _ = CASES[name]
+    config = tiny_config(tmp_path, model_path=str(tmp_path / "none"), **changes)
+    layout = parse("x:2,y:2", rules, 4)
+    run = model_fns.Run(config, layout, cpu_devices(4), 100, 0, Sampling(), StopOnSignal())
+    weights = weights_of(config)
+    with tf.Graph().as_default():
+        graph = model_fns._Graph(run, {}, 4)
+        outputs = continued(graph, samplings)
+
+        def whole(lowering: mtf.Lowering) -> list[tf.Tensor]:
+            return [lowering.export_to_tf_tensor(output) for output in outputs]
+
+        local = graph.lower()
+        on_devices = whole(local)
+        copies, on_cores = lower_on_cores(monkeypatch, with_expert_rules(layout), graph.mesh, whole)
+        assert len(loops()) == 4 * len(samplings) and all(collectives_in(loop) for loop in loops())
+        with session_on_cores(layout) as session:
+            start(session, weights, [*copies, local.copy_masters_to_slices()])
+            expected, found = session.run([on_devices, on_cores])
+    for core in found:
+        for value, wanted in zip(core, expected, strict=True):
+            if wanted.dtype == np.int32:  # tokens and lengths
+                np.testing.assert_array_equal(value, wanted)
+            else:
+                np.testing.assert_allclose(value, wanted, atol=1e-5)
+    for tokens, lengths in zip(expected[1::3], expected[2::3], strict=True):
+        assert (lengths > [3, 1, 6, 2]).all() and len(set(tokens.flat)) > 4
