@@ -243,7 +243,8 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     if on_tpu:
         for name, value in (metrics | details).items():
             tf.add_to_collection(mtf.utils.SCALAR_SUMMARIES_COLLECTION_KEY, (name, value))
-        host_call = mtf.utils.create_host_call(config.model_path)
+        with tf.control_dependencies([train_op]):  # the step as metrics.jsonl has it: how many are done
+            host_call = mtf.utils.create_host_call(config.model_path)
     else:
         progress = ProgressHook(config, metrics, details)
         run.stop.closing.callback(progress.close)
