@@ -1,4 +1,4 @@
-"""One model, any mesh: losses, gradients and weights after 30 steps are those of one device."""
+"""One model, any mesh: losses, gradients, weights after 30 steps, evaluation and texts are those of one device."""
 
 from functools import cache
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.answers import answers_of
 from tests.tiny import tiny_config
 from tests.training_steps import Steps, run_steps
 
@@ -38,9 +39,14 @@ MESHES = [
 ]
 
 
+def steps_on(directory: Path, model: str, mesh_shape: str, rules: str) -> Steps:
+    config = tiny_config(directory, **MODELS[model])
+    return run_steps(config, mesh_shape, rules, STEPS, beside=answers_of(config))
+
+
 @cache
 def on_one_device(directory: Path, model: str) -> Steps:
-    return run_steps(tiny_config(directory, **MODELS[model]), "x:1", "", STEPS)
+    return steps_on(directory, model, "x:1", "")
 
 
 @pytest.mark.slow
@@ -49,10 +55,17 @@ def test_a_mesh_computes_what_one_device_computes(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model: str, mesh_shape: str, rules: str
 ) -> None:
     one = on_one_device(tmp_path_factory.getbasetemp(), model)
-    several = run_steps(tiny_config(tmp_path, **MODELS[model]), mesh_shape, rules, STEPS)
+    several = steps_on(tmp_path, model, mesh_shape, rules)
     assert one.losses[-1] < one.losses[0] - 0.5
     np.testing.assert_allclose(several.losses, one.losses, atol=1e-5)
     for name, gradient in one.gradients.items():
         np.testing.assert_allclose(several.gradients[name], gradient, atol=1e-5, err_msg=name)
     for name, weight in one.weights.items():
         np.testing.assert_allclose(several.weights[name], weight, atol=1e-4, err_msg=name)
+
+    assert several.beside.losses == pytest.approx(one.beside.losses, rel=0, abs=1e-5)
+    assert (one.beside.greedy["tokens"] != one.beside.sampled["tokens"]).any()
+    for found, expected in ((several.beside.greedy, one.beside.greedy), (several.beside.sampled, one.beside.sampled)):
+        assert expected["length"].max() == expected["tokens"].shape[1]  # some rows go on to the end of the context
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
