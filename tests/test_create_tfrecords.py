@@ -11,18 +11,14 @@ import pytest
 
 from data import parallel_tokenizer, tfrecords_job
 from data.encoders import Encoder
-from data.train_tokenizer import train_tokenizer
-from tests.tfrecords_run import TEXT, Run, check_account, in_order, random_documents, write_texts
+from tests.tfrecords_run import VOCAB_SIZE, Run, check_account, in_order, random_documents, save_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCAB_SIZE = 290
 
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "byte-level-bpe.tokenizer.json"
-    path.write_text(train_tokenizer([TEXT] * 3, VOCAB_SIZE).to_str())
-    return path
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +235,12 @@ def test_the_separator_may_be_written_with_or_without_brackets(encoder: Encoder,
     assert tfrecords_job._separator(given, "", encoder) == (0, 1)
 
 
-def test_the_command_runs_from_the_root_and_from_its_folder(run: Run, tokenizer_path: Path):
+def test_the_command_runs_from_the_root_and_from_its_folder(run: Run):
     without_flags = [sys.executable, "data/create_tfrecords.py"]
     help_text = subprocess.run(without_flags, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "--minimum_size" in help_text
     write_texts(run.input, random_documents(3, seed=4))
-    flags = ["--input_dir", run.input, "--output_dir", run.output, "--name", "set", "--encoder_path", tokenizer_path]
-    command = [sys.executable, "create_tfrecords.py", *map(str, flags), "--processes", "2"]
+    command = [sys.executable, "create_tfrecords.py", *run.arguments(processes=2)]
     done = subprocess.run(command, cwd=ROOT / "data", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 documents" in done.stdout and len(run.records()) == 3

@@ -15,18 +15,14 @@ from data import parallel_tokenizer
 from data.parallel_tokenizer import TextTokenizer, TokenBatch
 from data.records import Records
 from data.tfrecord_writer import RecordSetWriter
-from data.train_tokenizer import train_tokenizer
-from tests.tfrecords_run import TEXT, Run, random_documents, write_texts
+from tests.tfrecords_run import Run, random_documents, save_tokenizer, write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCAB_SIZE = 290
 
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "byte-level-bpe.tokenizer.json"
-    path.write_text(train_tokenizer([TEXT] * 3, VOCAB_SIZE).to_str())
-    return path
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -111,19 +107,9 @@ def write_lines(folder: Path, documents: list[str]) -> None:
 def test_killed_at_any_moment_it_goes_on_to_the_same_files(tmp_path: Path, tokenizer_path: Path, flags: list[str]):
     write_lines(tmp_path / "in", random_documents(4000, seed=1))
     arguments = ["5", "1", str(tmp_path), "--input_dir", str(tmp_path / "in"), "--encoder_path", str(tokenizer_path)]
+    arguments += ["--processes", "1"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.killed_runs",
-            *arguments,
-            "--files_per",
-            "300",
-            "--no-ftfy",
-            "--processes",
-            "1",
-            *flags,
-        ],
+        [sys.executable, "-m", "tests.killed_runs", *arguments, "--files_per", "300", "--no-ftfy", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -136,12 +122,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(tmp_path: Path, token
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path, tokenizer_path: Path, run: Run, signum: int):
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, run: Run, signum: int):
     documents = random_documents(20_000, seed=2) * 3
     write_lines(tmp_path / "in", documents)
     flags = ["--files_per", "200", "--no-ftfy"]
-    arguments = ["--input_dir", run.input, "--output_dir", run.output, "--name", "set", "--processes", "2"]
-    command = [sys.executable, "data/create_tfrecords.py", *map(str, arguments), *run.flags, *flags]
+    command = [sys.executable, "data/create_tfrecords.py", *run.arguments(*flags, processes=2)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     give_up = time.monotonic() + 100
     while not (run.output / "set_0_200.tfrecords").exists():

@@ -9,17 +9,20 @@ import pytest
 
 from config import DatasetConfig
 from data.encoders import Encoder, load_encoder
-from data.train_tokenizer import train_tokenizer
-from tests.tfrecords_run import TEXT, Run, check_account, in_order, random_documents, read_records, write_texts
-
-VOCAB_SIZE = 290
+from tests.tfrecords_run import (
+    Run,
+    check_account,
+    in_order,
+    random_documents,
+    read_records,
+    save_tokenizer,
+    write_texts,
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "byte-level-bpe.tokenizer.json"
-    path.write_text(train_tokenizer([TEXT] * 3, VOCAB_SIZE).to_str())
-    return path
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

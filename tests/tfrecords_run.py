@@ -10,9 +10,18 @@ import pytest
 import tensorflow as tf
 
 from data import create_tfrecords
+from data.train_tokenizer import train_tokenizer
 
 TEXT = "the cat sat on a mat; déjà vu, çay 🙂 while <|endoftext|> x = [1, 2]\n"
 WORDS = re.findall("[^ ]+", TEXT)
+VOCAB_SIZE = 290
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """A tokenizer of VOCAB_SIZE ids that knows TEXT well."""
+    path = folder / "byte-level-bpe.tokenizer.json"
+    path.write_text(train_tokenizer([TEXT] * 3, VOCAB_SIZE).to_str())
+    return path
 
 
 def random_documents(count: int, seed: int) -> list[str]:
@@ -41,11 +50,13 @@ class Run:
         self.flags = ["--encoder_path", str(tokenizer_path)]
         self._capsys = capsys
 
+    def arguments(self, *flags: str, processes: int = 1) -> list[str]:
+        """The command line behind the name of the command."""
+        folders = ["--input_dir", str(self.input), "--output_dir", str(self.output)]
+        return [*folders, "--name", "set", "--processes", str(processes), *self.flags, *flags]
+
     def __call__(self, *flags: str, processes: int = 1) -> int:
-        code = create_tfrecords.main(
-            ["--input_dir", str(self.input), "--output_dir", str(self.output), "--name", "set",
-             "--processes", str(processes), *self.flags, *flags]
-        )  # fmt: skip
+        code = create_tfrecords.main(self.arguments(*flags, processes=processes))
         captured = self._capsys.readouterr()
         self.out, self.err = captured.out, captured.err
         return code
