@@ -12,14 +12,15 @@ from mesh import mtf
 from mesh.cross_entropy import head_cross_entropy
 from mesh.devices import local_mesh
 from mesh.experts import with_expert_rules
+from mesh.layout import parse
 from mesh.operations import cache_update, cast_variable, elementwise, embedding_lookup
 from mesh.randomness import dropout, make_key
 from models import gpt
 from models.context import Context, variable_dtype
 from models.dims import make_dims
 from tests.test_options import OPTIONS, option_config
-from tests.tiny import MtfSession, random_tokens
-from tests.training_steps import without_rewriting
+from tests.tiny import MtfSession, cpu_devices, random_tokens, tiny_config
+from tests.training_steps import train_step, without_rewriting
 from tests.workspace import Workspace
 
 BF16 = tf.bfloat16
@@ -155,14 +156,13 @@ def build_step(config: ModelConfig, mesh: mtf.Mesh, tokens: np.ndarray) -> tuple
     return found, [mtf.assign_sub(v, config.lr * gradient) for v, gradient in zip(variables, gradients, strict=True)]
 
 
-LAYOUTS = ["", "", "embd:x", "", "heads:x,intermediate_expanded:x,vocab:x"]
+ONE = ("x:1", "")
+MESHES_OF_OPTIONS = [ONE, ONE, ("x:2,y:2", "batch:x,embd:y"), ONE, ("x:2,y:2", "batch:x,heads:y,vocab:y")]
 
 
-@pytest.mark.parametrize(("name", "layout"), zip(covering(), itertools.cycle(LAYOUTS)))
-def test_option_trains_and_decodes_in_bfloat16(tmp_path: Path, name: str, layout: str) -> None:
-    config = option_config(tmp_path, name).model_copy(update={"lr": 0.1})
-    tokens = random_tokens(ROWS, LENGTH + 1, vocab=config.n_vocab)
-    session = MtfSession("x:2" if layout else "x:1", layout)
+def three_steps(config: ModelConfig, tokens: np.ndarray, mesh_shape: str, layout: str) -> list[dict[str, np.ndarray]]:
+    """What build_step finds before each of three updates."""
+    session = MtfSession(mesh_shape, layout)
     with tf.Graph().as_default():
         graph = mtf.Graph()
         mesh, mesh_impl = local_mesh(graph, with_expert_rules(session.layout), session.devices)
@@ -174,21 +174,65 @@ def test_option_trains_and_decodes_in_bfloat16(tmp_path: Path, name: str, layout
         with tf.Session(config=without_rewriting(session.devices.session_config())) as tf_session:
             tf_session.run(tf.global_variables_initializer())
             tf_session.run(to_slices)
-            losses = []
+            steps = []
             for _ in range(3):
-                got = tf_session.run(fetches)
+                steps.append(tf_session.run(fetches))
                 tf_session.run(operations)
-                wide = got["float32 logits"].astype(np.float64)
-                log_z = np.log(np.exp(wide).sum(-1))
-                targets = np.take_along_axis(wide, tokens[:, 1:, None], axis=-1)[..., 0]
-                assert got["cross_entropy"] == pytest.approx((log_z - targets).mean(), rel=0.02)
-                spread = np.abs(wide).max()
-                assert spread > 1e-3
-                np.testing.assert_allclose(got["bfloat16 logits"], wide, atol=0.04 * spread)
-                if "bfloat16 decoded" in got:
-                    np.testing.assert_allclose(got["bfloat16 decoded"], wide[:, 4], atol=0.04 * spread)
-                losses.append(got["loss"])
-    assert losses[2] < losses[1] < losses[0]
+    return steps
+
+
+@pytest.mark.parametrize(("name", "mesh"), zip(covering(), itertools.cycle(MESHES_OF_OPTIONS)))
+def test_option_trains_and_decodes_in_bfloat16(tmp_path: Path, name: str, mesh: tuple[str, str]) -> None:
+    config = option_config(tmp_path, name).model_copy(update={"lr": 0.1})
+    tokens = random_tokens(ROWS, LENGTH + 1, vocab=config.n_vocab)
+    steps = three_steps(config, tokens, *mesh)
+    for got in steps:
+        wide = got["float32 logits"].astype(np.float64)
+        log_z = np.log(np.exp(wide).sum(-1))
+        targets = np.take_along_axis(wide, tokens[:, 1:, None], axis=-1)[..., 0]
+        assert got["cross_entropy"] == pytest.approx((log_z - targets).mean(), rel=0.02)
+        spread = np.abs(wide).max()
+        assert spread > 1e-3
+        np.testing.assert_allclose(got["bfloat16 logits"], wide, atol=0.04 * spread)
+        if "bfloat16 decoded" in got:
+            np.testing.assert_allclose(got["bfloat16 decoded"], wide[:, 4], atol=0.04 * spread)
+    assert steps[2]["loss"] < steps[1]["loss"] < steps[0]["loss"]
+
+    if mesh == ONE:
+        return
+    for several, one in zip(steps, three_steps(config, tokens, *ONE), strict=True):
+        # Partial sums are rounded on every device, so the two differ as bfloat16 differs from float32 on either: the
+        # logits by the bound above; the loss, a mean in which that averages out, by what rounds the largest logit.
+        spread = np.abs(one["float32 logits"]).max()
+        np.testing.assert_allclose(several["bfloat16 logits"], one["bfloat16 logits"], atol=0.04 * spread)
+        np.testing.assert_allclose(several["bfloat16 decoded"], one["bfloat16 decoded"], atol=0.04 * spread)
+        assert several["loss"] == pytest.approx(one["loss"], rel=0, abs=HALF_ULP * spread)
+
+
+def test_on_four_devices_variables_are_float32_and_activations_bfloat16(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, precision="bfloat16", embed_dropout=0.1, attn_dropout=0.1, **ONE_LAYER)
+    layout = parse("x:2,y:2", "batch:x,heads:y,intermediate_expanded:y,vocab:y", 4)
+    with tf.Graph().as_default() as tf_graph:
+        graph = mtf.Graph()
+        mesh, mesh_impl = local_mesh(graph, layout, cpu_devices(4))
+        train_step(config)(mesh)
+        mtf.Lowering(graph, {mesh: mesh_impl}, autostack=False)
+        masters = {variable.op.name: variable.dtype for variable in tf.global_variables()}
+        handles = [operation for operation in tf_graph.get_operations() if operation.type == "VarHandleOp"]
+    variables = {handle.name: handle.get_attr("dtype") for handle in handles}
+    weights = {name for name in masters if not name.endswith(("/adam_m", "/adam_v"))}
+    assert masters.keys() == {f"{name}{slot}" for name in weights for slot in ("", "/adam_m", "/adam_v")}
+    slices = {f"{name}_slice_{device}" for name in masters for device in range(4)}
+    assert variables == dict.fromkeys(masters.keys() | slices, tf.float32)
+
+    found: dict[str, set[tf.DType]] = {}
+    for operation in graph.operations:
+        for tensor in operation.outputs:
+            found.setdefault(" ".join(tensor.shape.dimension_names), set()).add(tensor.dtype)
+    # with their gradients: what both dense layers and attention give, and what the loss keeps of the logits
+    products = ["batch sequence intermediate_expanded", "batch sequence heads", "batch sequence vocab"]
+    assert [found[dims] for dims in products] == [{tf.bfloat16}] * 3
+    assert found["batch heads sequence"] == {tf.float32}  # sums and maxima of attention's softmax
 
 
 ONE_LAYER = {"n_layer": 1, "attention_types": [[["global"], 1]]}
