@@ -8,16 +8,13 @@ docs/performance.md says what the numbers mean.
 
 import argparse
 import math
-import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from benchmarks.train_step import busy_seconds, num_cores
+from benchmarks.measuring import Measured, describe_machine, in_turn, peak_bytes
 
 KINDS = ("linear", "global")
 LENGTHS, QUICK_LENGTHS = (512, 1024, 2048, 4096), (64, 128)
@@ -25,15 +22,11 @@ BATCH, HEADS, FEATURES = 2, 8, 32
 
 
 @dataclass
-class Variant:
-    """One kind of attention at one length, and what was measured of it."""
+class Variant(Measured):
+    """One kind of attention at one length; a step is one forward and backward pass."""
 
     kind: str
     length: int
-    step: Callable[[], None]  # one forward and backward pass
-    peak_bytes: int = 0
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)  # of all threads
 
 
 def make_variant(kind: str, length: int) -> Variant:
@@ -71,42 +64,7 @@ def make_variant(kind: str, length: int) -> Variant:
     session.run(fetches, feed)
     traced = tf.RunMetadata()
     session.run(fetches, feed, tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), traced)
-    return Variant(kind, length, lambda: session.run(fetches, feed), peak_bytes(traced))
-
-
-def peak_bytes(traced: Any) -> int:
-    """The most that a traced run (tf.RunMetadata) held at a time, of what it allocated and gave back."""
-    changes = [
-        (record.alloc_micros, record.alloc_bytes)
-        for device in traced.step_stats.dev_stats
-        for node in device.node_stats
-        for used in node.memory
-        for record in used.allocation_records
-    ]
-    held = most = 0
-    for _, change in sorted(changes):
-        held += change
-        most = max(most, held)
-    return most
-
-
-def measure(lengths: Sequence[int], rounds: int) -> tuple[list[Variant], float]:
-    """Run all variants in turn; the order turns round with every round.
-
-    Also returns how many cores, on average, were busy meanwhile with something else.
-    """
-    variants = [
-        make_variant(kind, length) for length in tqdm(lengths, desc="building", unit="length") for kind in KINDS
-    ]
-    start, busy = time.perf_counter(), busy_seconds()
-    for number in tqdm(range(rounds), desc="rounds", unit="round", dynamic_ncols=True):
-        for variant in variants[:: 1 if number % 2 else -1]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            variant.step()
-            variant.wall.append(time.perf_counter() - wall)
-            variant.cpu.append(time.process_time() - cpu)
-    elsewhere = busy_seconds() - busy - sum(sum(variant.cpu) for variant in variants)
-    return variants, max(0.0, elsewhere / (time.perf_counter() - start))
+    return Variant(lambda: session.run(fetches, feed), peak_bytes(traced), kind, length)
 
 
 def report(variants: Sequence[Variant]) -> str:
@@ -148,10 +106,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     prepare_tensorflow()
     rounds = args.rounds or (3 if args.quick else 9)
-    variants, others = measure(QUICK_LENGTHS if args.quick else LENGTHS, rounds)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    lengths = QUICK_LENGTHS if args.quick else LENGTHS
+    variants = [
+        make_variant(kind, length) for length in tqdm(lengths, desc="building", unit="length") for kind in KINDS
+    ]
+    others = in_turn(variants, rounds)
     print(f"batch {BATCH}, {HEADS} heads of {FEATURES} features, float32, forward and backward; {rounds} rounds")
-    print(f"{memory:.0f} GB, {num_cores()} cores, {others:.2f} of them busy elsewhere", end="\n\n")
+    print(describe_machine(others), end="\n\n")
     print(report(variants))
 
 

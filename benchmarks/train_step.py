@@ -9,7 +9,6 @@ of its own, so that thread pools and memory do not mix. docs/performance.md says
 import argparse
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import time
@@ -18,14 +17,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.measuring import busy_seconds, describe_machine, num_cores
+
 LR, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 6e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 SGEMM_SIZE, SGEMM_REPEATS = 2048, 4
 
-StepFn = Callable[[np.ndarray], float]  # int32 tokens [batch, context + 1] -> the loss of the step taken on them
+StepFn = Callable[..., float]  # int32 tokens [batch, context + 1] -> the loss of the step taken on them
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class Sizes:
         return 3 * 2 * self.tokens * (weights + scores)
 
 
-def mtf_step(sizes: Sizes) -> StepFn:
-    """A step of this project's model on one CPU device."""
+def mtf_step(sizes: Sizes, **settings: Any) -> StepFn:
+    """A step of this project's model on one CPU device; `settings` are further keys of its config.
+
+    What the step gets besides the tokens goes to Session.run.
+    """
     from main import prepare_tensorflow
 
     prepare_tensorflow()
@@ -83,21 +88,24 @@ def mtf_step(sizes: Sizes) -> StepFn:
         "gradient_clipping": CLIPPING,
         "model_path": "nothing-is-written",
         "no_dataset": True,
+        **settings,
     }
     devices = local_devices(["cpu:0"])
     run = Run(make_model_config(values, "benchmark"), parse("x:1", "", 1), devices, 1, 0, Sampling(), StopOnSignal())
     shape = [sizes.batch, sizes.context]
-    features = {name: tf.placeholder(tf.int32, shape, name) for name in ("inputs", "labels")}
-    spec = train_spec(run, features, {"batch_size": sizes.batch})
-    restore = next(hook for hook in spec.training_hooks if isinstance(hook, mtf.MtfRestoreHook))
-    restore.begin()
-    session = tf.Session(config=devices.session_config())
-    session.run(tf.global_variables_initializer())
+    with tf.Graph().as_default() as graph:
+        features = {name: tf.placeholder(tf.int32, shape, name) for name in ("inputs", "labels")}
+        spec = train_spec(run, features, {"batch_size": sizes.batch})
+        restore = next(hook for hook in spec.training_hooks if isinstance(hook, mtf.MtfRestoreHook))
+        restore.begin()
+        initialize = tf.global_variables_initializer()
+    session = tf.Session(graph=graph, config=devices.session_config())
+    session.run(initialize)
     restore.after_create_session(session, None)
 
-    def step(tokens: np.ndarray) -> float:
+    def step(tokens: np.ndarray, **how: Any) -> float:
         feed = {features["inputs"]: tokens[:, :-1], features["labels"]: tokens[:, 1:]}
-        return float(session.run([spec.loss, spec.train_op], feed)[0])
+        return float(session.run([spec.loss, spec.train_op], feed, **how)[0])
 
     return step
 
@@ -168,11 +176,6 @@ def sgemm_step(sizes: Sizes) -> StepFn:
 SIDES: dict[str, Callable[[Sizes], StepFn]] = {"mesh-tensorflow": mtf_step, "pytorch": torch_step, "sgemm": sgemm_step}
 
 
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @dataclass
 class Side:
     """One process and what was measured of it: seconds by the clock and of all its threads, one entry a step."""
@@ -194,13 +197,6 @@ def serve(pipe: Connection, name: str, sizes: Sizes) -> None:
         loss = step(tokens)
         pipe.send((time.perf_counter() - wall, time.process_time() - cpu, loss))
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def busy_seconds() -> float:
-    """CPU seconds that all processes of the machine have used since it started."""
-    with open("/proc/stat", encoding="ascii") as file:
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, file.readline().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(sizes: Sizes, steps: int, warmup: int) -> tuple[dict[str, Side], float]:
@@ -270,13 +266,11 @@ def report(sizes: Sizes, sides: dict[str, Side]) -> str:
 
 def describe(sizes: Sizes, others: float) -> str:
     """What was measured and where."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     packages = ("tensorflow-cpu", "mesh-tensorflow", "torch", "transformers")
     return "\n".join(
         [
             f"{sizes}: {sizes.tokens:,} tokens a step, float32",
-            f"{memory:.0f} GB, {num_cores()} cores of {platform.machine()}, {others:.2f} of them busy elsewhere; "
-            + ", ".join(f"{package} {version(package)}" for package in packages),
+            f"{describe_machine(others)}; " + ", ".join(f"{package} {version(package)}" for package in packages),
         ]
     )
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +42,17 @@ def test_linear_attention_is_measured() -> None:
     assert all(value > 0 for row in table.values() for value in row.values())
     growth = {kind: table[128][f"{kind}, MB"] / table[64][f"{kind}, MB"] for kind in ("linear", "global")}
     assert growth["linear"] < growth["global"]  # 2 and 4, but for what happens to be held at the same time
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_step_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", "--quick", "--picture", str(tmp_path / "memory.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    table = {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[2:]}
+    whole, cut, recomputed, both = table.values()
+    assert both["peak, MB"] < cut["peak, MB"] < 0.6 * whole["peak, MB"]  # four microbatches: 0.37 when it was written
+    assert both["peak, MB"] < recomputed["peak, MB"] < 0.8 * whole["peak, MB"]  # 0.60
+    assert all(row["loss"] == pytest.approx(whole["loss"], abs=1e-5) for row in table.values())
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
