@@ -31,6 +31,7 @@ from training.checkpoints import latest_step, newest_checkpoint
 from training.failures import explained
 from training.hooks import BatchBar, StopOnSignal
 from training.model_dir import KeepConfig, delete_model, make_model_dir, warn_of_changes
+from training.tpu_hooks import OneRunBar
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,10 @@ class Job:
         """What the model functions are told of this job."""
         every_steps, eos_id = self.args.steps_per_checkpoint, self.special.eos_id
         return Run(self.config, self.layout, self.devices, every_steps, eos_id, self.sampling, self.stop)
+
+    def batch_bar(self, what: str, steps: int) -> BatchBar:
+        """The progress bar of an evaluation of so many batches."""
+        return (BatchBar if self.resolver is None else OneRunBar)(f"{what} {self.config.name}", steps)
 
     def estimator(self, task: str = "") -> tf.estimator.tpu.TPUEstimator:
         """The TPUEstimator, which on local devices is an ordinary Estimator; `task` is what it evaluates."""
@@ -309,7 +314,7 @@ def _evaluate(job: Job, steps: int) -> None:
     config = job.config
     token_bytes = evaluation.token_byte_lengths(config)
     input_fn = inputs.eval_input_fn(config, job.special, steps, token_bytes)
-    with explained(config, "eval_batch_size"), BatchBar(f"eval {config.name}", steps) as bar:
+    with explained(config, "eval_batch_size"), job.batch_bar("eval", steps) as bar:
         sums = job.estimator().evaluate(input_fn, steps=steps, hooks=[bar])
     result = evaluation.summarize(sums, knows_bytes=token_bytes is not None)
     evaluation.report(result, config.model_path, job.args.sacred_id)
@@ -319,7 +324,7 @@ def _evaluate_task(job: Job, name: str, texts: tasks.Texts) -> None:
     config = job.config
     input_fn = tasks.task_input_fn(texts, tasks.task_length(texts, job.layout), job.special.padding_id)
     steps = -(-len(texts) // config.eval_batch_size)
-    with explained(config, "eval_batch_size"), BatchBar(f"{name} {config.name}", steps) as bar:
+    with explained(config, "eval_batch_size"), job.batch_bar(name, steps) as bar:
         found = job.estimator(task=name).evaluate(input_fn, steps=steps, hooks=[bar], name=name)
     evaluation.report(evaluation.summarize_task(name, found), config.model_path, job.args.sacred_id)
 

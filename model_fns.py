@@ -25,6 +25,7 @@ from tasks import TASKS
 from training.checkpoints import CheckpointHook, CheckpointSaver, stored_shapes, verify_checkpoint
 from training.hooks import FiniteHook, ProgressHook, StopOnSignal
 from training.sums import running_sum
+from training.tpu_hooks import RunProgressHook, count_batches, loss_for_host, summaries_by_host
 
 logger = logging.getLogger(__name__)
 
@@ -231,31 +232,29 @@ def train_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estim
     _log_model(config, run.layout, sum(variable.size for variable in graph.graph.trainable_variables))
     verify_checkpoint(config.model_path, tf.global_variables())
 
-    restore = mtf.MtfRestoreHook(lowering)
     on_tpu = run.devices is None
     with mtf.utils.outside_all_rewrites():  # on a TPU, what a session runs by itself stays out of the computation
         to_masters = lowering.copy_slices_to_masters()
         steps_per_run = config.iterations if on_tpu else 1
         save = CheckpointHook(config.model_path, run.steps_per_checkpoint, steps_per_run)
     save.before.append(lambda session: session.run(to_masters))
-    host_call = None
-    hooks: list[Any] = []
+    loss, host_call = metrics["loss"], None
+    hooks: list[Any] = [mtf.MtfRestoreHook(lowering)]
+    progress: ProgressHook | RunProgressHook
     if on_tpu:
-        for name, value in (metrics | details).items():
-            tf.add_to_collection(mtf.utils.SCALAR_SUMMARIES_COLLECTION_KEY, (name, value))
-        with tf.control_dependencies([train_op]):  # the step as metrics.jsonl has it: how many are done
-            host_call = mtf.utils.create_host_call(config.model_path)
+        loss, host_call = loss_for_host(metrics), summaries_by_host(config.model_path, metrics | details, train_op)
+        progress = RunProgressHook(config)
     else:
         progress = ProgressHook(config, metrics, details)
-        run.stop.closing.callback(progress.close)
         save.before.append(progress.flush)
-        hooks = [FiniteHook(metrics), progress]
+        hooks.append(FiniteHook(metrics))
+    run.stop.closing.callback(progress.close)
     return tf.estimator.tpu.TPUEstimatorSpec(
         tf.estimator.ModeKeys.TRAIN,
-        loss=metrics["loss"],
+        loss=loss,
         train_op=train_op,
         host_call=host_call,
-        training_hooks=[restore, *hooks, save, run.stop],  # `save` after what finds out that there is nothing to save
+        training_hooks=[*hooks, progress, save, run.stop],  # `save` after what finds out that there is nothing to save
     )
 
 
@@ -299,7 +298,8 @@ def evaluate_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.es
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
         sums = {name: running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
-        tokens, _ = sums["tokens"]
+        tokens, update = sums["tokens"]
+        sums["tokens"] = tokens, tf.group(update, count_batches())
         return sums | {name: (sums[name][0] / tokens, sums[name][1]) for name in ("cross_entropy", "objective")}
 
     return tf.estimator.tpu.TPUEstimatorSpec(
@@ -325,7 +325,7 @@ def task_spec(run: Run, features: Features, params: dict[str, Any]) -> tf.estima
 
     def metric_fn(**totals: tf.Tensor) -> dict[str, Any]:
         sums = {name: running_sum(name, tf.reduce_sum(total)) for name, total in totals.items()}
-        update = tf.group(*[operation for _, operation in sums.values()])
+        update = tf.group(count_batches(), *[operation for _, operation in sums.values()])
         metrics = task.metrics({name: value for name, (value, _) in sums.items()})
         return {name: (value, update) for name, value in metrics.items()}
 

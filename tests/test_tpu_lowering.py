@@ -56,17 +56,18 @@ BATCH, LENGTH = 16, 8
 def tpu_context(cores: int) -> types.SimpleNamespace:
     """What model functions read of TPUEstimator's TPUContext: hosts of 2 x 2 chips each, of two cores each."""
     hosts = cores // 8
-    side = {1: 1, 4: 2}[hosts]  # hosts along either side of the rectangle
+    columns = {1: 1, 2: 1, 4: 2}[hosts]  # of hosts, in the rectangle that they form
     coordinates = [
         [
-            [2 * (host // side) + x, 2 * (host % side) + y, 0, core]
+            [2 * (host // columns) + x, 2 * (host % columns) + y, 0, core]
             for x in range(2)
             for y in range(2)
             for core in range(2)
         ]
         for host in range(hosts)
     ]
-    chips = topology.Topology(mesh_shape=[2 * side, 2 * side, 1, 2], device_coordinates=np.array(coordinates, np.int32))
+    shape = [2 * hosts // columns, 2 * columns, 1, 2]
+    chips = topology.Topology(mesh_shape=shape, device_coordinates=np.array(coordinates, np.int32))
     return types.SimpleNamespace(
         num_hosts=hosts,
         tpu_host_placement_function=lambda host_id: f"/job:worker/task:{host_id}/device:CPU:0",

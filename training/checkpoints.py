@@ -160,20 +160,24 @@ class _CastingBuilder(BulkSaverBuilder):
             return [tf.cast(tensor, spec.dtype) for tensor, spec in zip(tensors, specs, strict=True)]
 
 
-class CheckpointHook(tf.train.SessionRunHook):
+class CheckpointHook(tf.train.CheckpointSaverHook):
     """Saves `model.ckpt-N` at the start of a run, every so many steps and at the end: sharded, with relative paths.
 
     TensorFlow's own hook also writes the graph as text each time, which takes longer than all else for a graph that is
     unrolled over many devices, and saves once more what was just restored. Make it when all variables exist.
+
+    It is of that hook's class so that TPUEstimator leaves saving to it. When a TPU's host announces that it is going to
+    shut down, TPUEstimator would otherwise save by itself: the new step, with the weights of the checkpoint before,
+    since nothing would have copied the slices to the masters.
     """
 
     def __init__(self, model_path: str, every_steps: int, steps_per_run: int = 1):
+        super().__init__(model_path, save_steps=every_steps, saver=CheckpointSaver(model_path))
         self.before: list[Callable[[tf.Session], object]] = []  # called with the session, before anything is saved
         self._prefix = os.path.join(model_path, "model.ckpt")
         self._model_path = model_path
         self._every_steps = every_steps
         self._steps_per_run = steps_per_run  # at most; a TPU runs many steps before it returns to the host
-        self._saver = CheckpointSaver(model_path)
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # where the Estimator looks for what restores
         if self._saver.cast_types:
             types = ", ".join(self._saver.cast_types)

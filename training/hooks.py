@@ -141,26 +141,38 @@ def progress_bar(title: str, unit: str, total: int, first: int = 0) -> tqdm:
 
 
 class BatchBar(tf.train.SessionRunHook):
-    """A progress bar over the batches of an evaluation; a context manager, which closes it."""
+    """A progress bar over the batches of an evaluation; a context manager, which closes it.
+
+    Attributes:
+      total: the number of batches.
+      closing: what to close on leaving.
+    """
 
     def __init__(self, title: str, total: int):
+        self.total = total
+        self.closing = contextlib.ExitStack()
         self._title = title
-        self._total = total
         self._bar: tqdm | None = None
 
     def __enter__(self) -> "BatchBar":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.closing.close()
 
     def after_create_session(self, session: tf.Session, coord: tf.train.Coordinator) -> None:
-        self._bar = self._bar or progress_bar(self._title, "batch", self._total)
+        if self._bar is None:
+            self._bar = progress_bar(self._title, "batch", self.total)
+            self.closing.callback(self._bar.close)
 
     def after_run(self, run_context: tf.train.SessionRunContext, run_values: tf.train.SessionRunValues) -> None:
         assert self._bar is not None
-        self._bar.update(1)
+        self.show(int(self._bar.n) + 1)
+
+    def show(self, done: int) -> None:
+        """Let the bar say that `done` batches are done."""
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)
 
 
 class FiniteHook(tf.train.SessionRunHook):
