@@ -1,5 +1,6 @@
 """The graph that TPUs run gives the numbers that local devices give."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,28 +49,58 @@ def test_cores_compute_what_local_devices_compute(tmp_path: Path, monkeypatch: p
     np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
+Values = list[np.ndarray]
+
+
+def on_devices_and_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    config: ModelConfig,
+    rules: str,
+    build: Callable[[model_fns._Graph], list[mtf.Tensor]],
+    is_training: bool = False,
+) -> tuple[Values, list[Values], list[int]]:
+    """The values of `build(graph)` on local devices, those on each emulated core, and the collectives of each loop."""
+    layout = parse("x:2,y:2", rules, 4)
+    run = model_fns.Run(config, layout, cpu_devices(4), 100, 0, Sampling(), StopOnSignal())
+    weights = weights_of(config)
+    with tf.Graph().as_default():
+        graph = model_fns._Graph(run, {}, config.train_batch_size, is_training=is_training)
+        outputs = [mtf.anonymize(output) for output in build(graph)]
+
+        def whole(lowering: mtf.Lowering) -> list[tf.Tensor]:
+            return [lowering.export_to_tf_tensor(output) for output in outputs]
+
+        local = graph.lower()
+        on_devices = whole(local)
+        copies, on_cores = lower_on_cores(monkeypatch, with_expert_rules(layout), graph.mesh, whole)
+        with session_on_cores(layout) as session:
+            start(session, weights, [*copies, local.copy_masters_to_slices()])
+            expected, found = session.run([on_devices, on_cores])
+        return expected, found, [collectives_in(loop) for loop in loops()]
+
+
+def features_of(config: ModelConfig) -> dict[str, tf.Tensor]:
+    tokens = random_tokens(config.train_batch_size, config.n_ctx + 1, vocab=config.n_vocab)
+    return {"inputs": tf.constant(tokens[:, :-1]), "labels": tf.constant(tokens[:, 1:])}
+
+
+@pytest.mark.slow
+def test_cores_add_up_the_gradients_of_microbatches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, rules, _ = CASES["plain, by heads"]
+    config = tiny_config(tmp_path, model_path=str(tmp_path / "none"), tokens_per_mb_per_replica=8, **changes)
+
+    def loss_and_norm(graph: model_fns._Graph) -> list[mtf.Tensor]:
+        assert model_fns.num_microbatches(config, graph.run.layout) == 2
+        step = model_fns._training_step(graph, features_of(config), tf.constant(3, tf.int64))
+        return [step.losses["loss"], step.norm]
+
+    expected, found, collectives = on_devices_and_cores(monkeypatch, config, rules, loss_and_norm, is_training=True)
+    assert len(collectives) == 4 and all(collectives)
+    np.testing.assert_allclose(found, [expected] * 4, atol=1e-5)
+
+
 GREEDY, DRAWN = Sampling(temperature=0), Sampling(top_k=20, top_p=0.95, max_new_tokens=5)
-
-
-def continued(graph: model_fns._Graph, samplings: list[Sampling]) -> list[mtf.Tensor]:
-    """The loss of every token, and tokens and lengths that prediction makes of prompts of different lengths."""
-    config: ModelConfig = graph.run.config
-    tokens = random_tokens(4, config.n_ctx + 1, vocab=config.n_vocab)
-    labels = graph.import_batch({"labels": tf.constant(tokens[:, 1:])})["labels"]
-    features = {
-        "inputs": tf.constant(tokens[:, :-1]),
-        "prompt_length": tf.constant([3, 1, 6, 2]),
-        "prompt_number": tf.range(4),
-    }
-
-    def losses(ctx: Context, inputs: mtf.Tensor) -> mtf.Tensor:
-        return gpt.losses(ctx, inputs, labels).cross_entropy
-
-    outputs: list[mtf.Tensor] = []
-    for sampling in samplings:
-        graph.run = replace(graph.run, sampling=sampling)
-        outputs += model_fns._continue(graph, features, losses)
-    return [mtf.anonymize(output) for output in outputs]
+PROMPT_LENGTHS = [3, 1, 6, 2]
 
 
 @pytest.mark.slow
@@ -82,23 +113,23 @@ def test_cores_evaluate_and_continue_as_local_devices_do(
 ) -> None:
     changes, rules, _ = CASES[name]
     config = tiny_config(tmp_path, model_path=str(tmp_path / "none"), **changes)
-    layout = parse("x:2,y:2", rules, 4)
-    run = model_fns.Run(config, layout, cpu_devices(4), 100, 0, Sampling(), StopOnSignal())
-    weights = weights_of(config)
-    with tf.Graph().as_default():
-        graph = model_fns._Graph(run, {}, 4)
-        outputs = continued(graph, samplings)
 
-        def whole(lowering: mtf.Lowering) -> list[tf.Tensor]:
-            return [lowering.export_to_tf_tensor(output) for output in outputs]
+    def losses_and_continuations(graph: model_fns._Graph) -> list[mtf.Tensor]:
+        features = features_of(config)
+        labels = graph.import_batch(features)["labels"]
+        prompts = {"prompt_length": tf.constant(PROMPT_LENGTHS), "prompt_number": tf.range(len(PROMPT_LENGTHS))}
 
-        local = graph.lower()
-        on_devices = whole(local)
-        copies, on_cores = lower_on_cores(monkeypatch, with_expert_rules(layout), graph.mesh, whole)
-        assert len(loops()) == 4 * len(samplings) and all(collectives_in(loop) for loop in loops())
-        with session_on_cores(layout) as session:
-            start(session, weights, [*copies, local.copy_masters_to_slices()])
-            expected, found = session.run([on_devices, on_cores])
+        def losses(ctx: Context, inputs: mtf.Tensor) -> mtf.Tensor:
+            return gpt.losses(ctx, inputs, labels).cross_entropy
+
+        outputs: list[mtf.Tensor] = []
+        for sampling in samplings:
+            graph.run = replace(graph.run, sampling=sampling)
+            outputs += model_fns._continue(graph, features | prompts, losses)  # the loss of each token, tokens, lengths
+        return outputs
+
+    expected, found, collectives = on_devices_and_cores(monkeypatch, config, rules, losses_and_continuations)
+    assert len(collectives) == 4 * len(samplings) and all(collectives)
     for core in found:
         for value, wanted in zip(core, expected, strict=True):
             if wanted.dtype == np.int32:  # tokens and lengths
@@ -106,4 +137,4 @@ def test_cores_evaluate_and_continue_as_local_devices_do(
             else:
                 np.testing.assert_allclose(value, wanted, atol=1e-5)
     for tokens, lengths in zip(expected[1::3], expected[2::3], strict=True):
-        assert (lengths > [3, 1, 6, 2]).all() and len(set(tokens.flat)) > 4
+        assert (lengths > PROMPT_LENGTHS).all() and len(set(tokens.flat)) > 4
