@@ -82,7 +82,8 @@ def _threshold(logits: mtf.Tensor, peak: mtf.Tensor) -> mtf.Tensor:
 
     width = mtf.constant(mesh, _interval(logits.shape.dims[-1].size), dtype=tf.float32)
     start = [mtf.constant(mesh, 0, dtype=tf.int32), mtf.zeros_like(peak) + _LEAST, width]
-    return mtf.while_loop(unfinished, halve, start)[1]
+    # one at a time: left to itself TensorFlow begins ten, and each holds something of the size of the logits
+    return mtf.while_loop(unfinished, halve, start, parallel_iterations=1)[1]
 
 
 def _loss_of_slice(
