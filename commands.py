@@ -20,7 +20,7 @@ from config import ModelConfig
 from data.encoders import Encoder, SpecialIds, special_ids
 from errors import UserError
 from input_pipeline.samples import write_samples
-from mesh.devices import LocalDevices, local_devices, tpu_resolver
+from mesh.devices import LocalDevices, device_names, local_devices, tpu_resolver
 from mesh.hardware import hardware
 from mesh.layout import MeshLayout, check_devices, check_layout, mesh_shapes, parse
 from model_fns import Run, make_model_fn
@@ -51,23 +51,23 @@ def check_dataset(args: argparse.Namespace, config: ModelConfig) -> int:
 
 def plan(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print what training `config` costs each device; 1 if it cannot be trained so. Needs neither devices nor data."""
-    device = hardware(args.device) if args.device else None
-    layout = parse(config.mesh_shape, config.layout, _num_planned(args, config) or 1)
-    there = (len(args.gpu_ids), "devices named") if args.gpu_ids else None
-    if device is not None and device.count is not None:
-        there = (device.count, f"TPU devices in {device.name}")
-    report = make_report(config, layout, device, there)
+    there = _devices_planned(args)
+    layout = parse(config.mesh_shape, config.layout, there[0] if there else 1)
+    report = make_report(config, layout, None if args.device is None else hardware(args.device), there)
     print(report.text())
     return 1 if report.problems else 0
 
 
 def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print the layout of least memory as a config has it, and the mesh if that is asked for; with --plan its plan."""
-    count = _num_planned(args, config) or len(local_devices(None).names)
+    there = _devices_planned(args)
+    if there is None and config.mesh_shape:
+        there = parse(config.mesh_shape, None, 1).size, "devices"
+    count, what = there or (len(local_devices(None).names), "devices")
     meshes = list(mesh_shapes(count))
     if args.auto_layout:
         mesh = parse(config.mesh_shape or f"x:{count}", None, count)
-        check_devices(mesh, count, "devices named")
+        check_devices(mesh, count, what)
         meshes = [dict(mesh.axes)]
     layout = search_layout(config, meshes)
     lines = [f'"mesh_shape": "{layout.mesh_shape}",'] if args.auto_layout_and_mesh_shape else []
@@ -78,14 +78,23 @@ def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
     return plan(args, config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}))
 
 
-def _num_planned(args: argparse.Namespace, config: ModelConfig) -> int | None:
-    """How many devices the flags name, else those of the config's mesh, if either says."""
+def _devices_planned(args: argparse.Namespace) -> tuple[int, str] | None:
+    """How many devices the flags name, whether they are there or not, and what messages call them."""
+    device = None if args.device is None else hardware(args.device)
+    named = device_names(args.gpu_ids) if args.gpu_ids else ()
+    if device is not None and device.count is not None:
+        if named:
+            raise UserError(
+                f"--gpu_ids names {len(named)} device{'s' * (len(named) > 1)} and --device {device.name!r} is a TPU of "
+                f"{device.count}; give one of them"
+            )
+        return device.count, f"TPU devices in {device.name}"
     if args.tpu:
-        return _num_tpu_cores(args.tpu, tpu_resolver(args.tpu))
-    if args.gpu_ids:
-        return len(args.gpu_ids)
-    named = hardware(args.device).count if args.device else None
-    return named or (parse(config.mesh_shape, None, 1).size if config.mesh_shape else None)
+        try:
+            return _num_tpu_cores(args.tpu, tpu_resolver(args.tpu)), "TPU cores"
+        except UserError as error:
+            raise UserError(f"{error}; for a TPU that is not there, leave --tpu out and use --device v3-8") from error
+    return (len(named), "devices named") if named else None
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def _check_looking(args: argparse.Namespace) -> None:
     """Raise UserError for what does not go with flags that only look at training."""
-    if args.device and not args.plan:
+    if args.device is not None and not args.plan:
         raise UserError(f"--device {args.device!r} goes with --plan; add it or leave --device out")
     for looking in ("plan", "auto_layout", "auto_layout_and_mesh_shape"):
         for action in ("eval", "predict", "export", "check_dataset", "new"):

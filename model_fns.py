@@ -133,8 +133,8 @@ def num_microbatches(config: ModelConfig, layout: MeshLayout) -> int:
     if config.tokens_per_mb_per_replica is None:
         return 1
     per_replica = config.train_batch_size // layout.ways("batch")
-    at_most = max(1, config.tokens_per_mb_per_replica // config.n_ctx)
-    size = max(size for size in range(1, per_replica + 1) if per_replica % size == 0 and size <= at_most)
+    at_most = min(per_replica, max(1, config.tokens_per_mb_per_replica // config.n_ctx))
+    size = next(size for size in range(at_most, 0, -1) if per_replica % size == 0)
     return per_replica // size
 
 

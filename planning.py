@@ -1,7 +1,11 @@
 """--plan: what training a config on a mesh costs each device, said before anything is run; and --auto_layout."""
 
+import itertools
+import json
 import logging
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +43,7 @@ class Report:
 
     Attributes:
       config, layout: what was planned; the layout without the rules that do not fit.
+      left_out: these rules.
       plan: of the config as it is.
       alternatives: it and the ones beside it, if they were asked for.
       hardware: the device to compare with, if one was named.
@@ -48,6 +53,7 @@ class Report:
 
     config: ModelConfig
     layout: MeshLayout
+    left_out: tuple[str, ...]
     plan: Plan
     alternatives: tuple[Alternative, ...]
     hardware: Hardware | None
@@ -81,36 +87,53 @@ class Report:
         count = num_microbatches(config, layout)
         cut = f", in {count} microbatches" if count > 1 else ""
         devices = f"{layout.size} device{'s' * (layout.size > 1)}"
-        return [
+        lines = [
             f"plan of training {config.name}: {config.n_layer} layers, {config.opt_name}, {config.precision}",
-            f"mesh {layout.mesh_shape}: {devices}; layout {layout.layout or '(nothing split)'}",
-            f"a step: {config.train_batch_size} sequences of {config.n_ctx} tokens{cut}, "
-            f"activations {'recomputed' if config.recompute_grad else 'kept'}",
+            f"mesh {layout.mesh_shape or '(no axes)'}: {devices}; layout {layout.layout or '(nothing split)'}",
+            f"a step: {config.train_batch_size} sequences of {config.n_ctx} tokens{cut}, activations {_kept(config)}",
         ]
+        if self.left_out:
+            lines.append(f"planned without {', '.join(self.left_out)}, which does not fit: see the problems below")
+        return lines
 
     def _memory(self) -> list[str]:
         plan = self.plan
         rows = {
             "parameters": plan.parameters,
             "optimizer slots": plan.slots,
-            "gradients": plan.gradients,
+            "gradients, once all are there": plan.gradients,
             "at the peak: activations": plan.activations,
             "at the peak: gradients": plan.gradients_at_peak,
-            "at the peak: all": plan.total,
+            "at the peak: all, with parameters and slots": plan.total,
         }
-        return ["bytes on each device", *(f"  {name:24} {size:>22,}  {_gb(size):>11}" for name, size in rows.items())]
+        return [
+            "bytes on each device; the peak is the moment of a step when memory holds most",
+            *(f"  {name:44} {size:>22,}  {_said(size):>11}" for name, size in rows.items()),
+        ]
 
     def _largest(self) -> list[str]:
         shown = self.plan.largest[:_LARGEST_SHOWN]
-        return ["largest at the peak", *(f"  {_gb(size):>10}  {count:4} x {name}" for name, count, size in shown)]
+        return [
+            "largest at the peak, by the operations that made it (h* is every layer)",
+            *(f"  {_said(size):>10}  {count:4} x {name}" for name, count, size in shown),
+        ]
 
     def _otherwise(self) -> list[str]:
         if not self.alternatives:
             return []
-        lines = ["at the peak, otherwise        activations         all"]
+        heads = ("recompute_grad", "tokens_per_mb_per_replica", "microbatches", "activations", "all")
+        lines = ["the peak with other settings", "  " + "  ".join(f"{head:>11}" for head in heads)]
         for other in self.alternatives:
-            plan, mark = other.plan, "  <- as it is" if other.plan is self.plan else ""
-            lines.append(f"  {_said(other):26} {_gb(plan.activations):>12} {_gb(plan.total):>11}{mark}")
+            config, plan = other.config, other.plan
+            cells = (
+                json.dumps(config.recompute_grad),
+                json.dumps(config.tokens_per_mb_per_replica),
+                f"{other.microbatches}",
+                _said(plan.activations),
+                _said(plan.total),
+            )
+            row = "  ".join(f"{cell:>{max(len(head), 11)}}" for head, cell in zip(heads, cells, strict=True))
+            lines.append(f"  {row}{'  <- as it is' * (plan is self.plan)}")
         return lines
 
     def _costs(self) -> list[str]:
@@ -119,24 +142,39 @@ class Report:
             over = " and ".join(traffic.axes)
             lines.append(
                 f"  over {over} ({traffic.ways} ways): {traffic.kind} of {traffic.bytes:,} bytes, "
-                f"{_gb(traffic.sent)} to send"
+                f"{_said(traffic.sent)} to send"
             )
         return [*lines, f"arithmetic of each device in a step: {self.plan.flops:.3e} FLOPs"]
 
     def _verdict(self) -> list[str]:
         lines = [*_comparison(self)]
         lines += [f"problem: {problem}" for problem in self.problems] + [f"advice: {advice}" for advice in self.advice]
-        what = "cannot be trained so" if self.problems else "can be trained so"
-        return [*lines, f"verdict: {self.config.name} {what}"]
+        return [*lines, f"verdict: {self._conclusion()}"]
+
+    def _conclusion(self) -> str:
+        name = self.config.name
+        if self.problems:
+            return f"{name} cannot be trained so"
+        if self.hardware is None:
+            return f"{name} fits its mesh and layout; --device NAME also says whether it fits into memory"
+        return f"{name} can be trained so"
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.3f} MB"
+def _said(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.2f} {unit}"
+    return f"{size:.0f} bytes"
 
 
-def _said(other: Alternative) -> str:
-    cut = f"{other.microbatches} microbatches" if other.microbatches > 1 else "whole batch"
-    return f"{cut}, {'recomputed' if other.config.recompute_grad else 'kept'}"
+def _kept(config: ModelConfig) -> str:
+    return "recomputed" if config.recompute_grad else "kept"
+
+
+def _settings(config: ModelConfig) -> str:
+    """What tells one of the alternatives from the others, as flags."""
+    keys = ("recompute_grad", "tokens_per_mb_per_replica")
+    return " ".join(f"--set {key}={json.dumps(getattr(config, key))}" for key in keys)
 
 
 def _comparison(report: Report) -> Iterator[str]:
@@ -149,7 +187,9 @@ def _comparison(report: Report) -> Iterator[str]:
         f"{hardware.name}: {hardware.memory / GIB:.0f} GiB, {rate / 1e12:.1f} TFLOP/s and {hardware.link / 1e9:.0f} "
         f"GB/s for each device ({hardware.source})"
     )
-    yield f"  memory: {_gb(plan.total)} of {_gb(hardware.memory)}, {share:.0%}"
+    yield f"  memory: {_said(plan.total)} of {_said(hardware.memory)}, {share:.0%}"
+    if hardware.is_tpu:
+        yield "  XLA joins operations on a TPU, so much of the activations may never be in memory: take them as a bound"
     computing, sending = report.seconds_of_arithmetic, report.seconds_of_communication
     yield (
         f"  a step takes {report.seconds:.3g} s at best: {computing:.3g} s of arithmetic, {sending:.3g} s of "
@@ -175,9 +215,10 @@ def make_report(
       there: how many devices there are, and what messages call them; None for as many as the mesh wants.
       alternatives: whether to plan also with and without microbatches and recomputation.
     """
-    problems = list(_misfits(config, layout))
-    layout = layout.without([dim for dim, _ in problems])
-    sentences = [sentence for _, sentence in problems]
+    sentences = [misfit.sentence for misfit in misfits(layout, _sizes(config), TENSORS)]
+    unfit = {misfit.dim for misfit in misfits(layout, _sizes(config, evaluates=False), TENSORS)}
+    left_out = tuple(f"{dim}:{axis}" for dim, axis in layout.rules.items() if dim in unfit)
+    layout = layout.without(unfit)
     if there is not None:
         try:
             check_devices(layout, *there)
@@ -190,10 +231,12 @@ def make_report(
         plan = make_plan(training_graph(choice, layout), with_expert_rules(layout), on_tpu)
         found.append(Alternative(choice, num_microbatches(choice, layout), plan))
     plan = next(other.plan for other in found if other.config is config)
-    sentences += too_large(plan, found, hardware)
-    advice = [*_whole_everywhere(config, plan, layout), *_barely(plan, hardware)]
+    advice: list[str] = []
+    if not left_out:  # else the layout that is meant needs less than what was planned
+        sentences += too_large(plan, found, hardware)
+        advice = [*_idle(layout), *_whole_everywhere(config, plan, layout), *_barely(plan, hardware)]
     others = tuple(found) if len(found) > 1 else ()
-    return Report(config, layout, plan, others, hardware, tuple(sentences), tuple(advice))
+    return Report(config, layout, left_out, plan, others, hardware, tuple(sentences), tuple(advice))
 
 
 def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]]) -> MeshLayout:
@@ -201,9 +244,13 @@ def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]]) -> M
     of these the one whose plan is the smallest. Raises UserError if nothing can be split."""
     from mesh.auto_layout import least_memory  # here, because the solver takes a second to import and few runs need it
 
-    sizes = {"train_batch_size": config.train_batch_size, "eval_batch_size": config.eval_batch_size}
+    devices = math.prod(meshes[0].values())
+    if devices == 1:
+        raise UserError(
+            "one device splits nothing; say how many there are with --mesh_shape, --gpu_ids, or --plan and --device"
+        )
     found: list[tuple[int, MeshLayout]] = []
-    problem = f"no dimension of the model can be split over {math.prod(meshes[0].values())} devices; use fewer"
+    problem = f"no dimension of the model can be split over {devices} devices; use fewer"
     with tqdm(meshes, desc="searching layouts", unit="mesh", leave=False) as bar:
         for axes in bar:
             bar.set_postfix_str(",".join(f"{axis}:{size}" for axis, size in axes.items()))
@@ -212,7 +259,8 @@ def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]]) -> M
                 config.model_copy(update={"train_batch_size": batch, "tokens_per_mb_per_replica": None}),
                 MeshLayout(axes, {}),
             )
-            layout = least_memory(step, axes, layout_sizes(config, sizes), TENSORS)
+            layout = least_memory(step, axes, _sizes(config, evaluates=True), TENSORS)
+            layout = layout.without({dim for dim in layout.rules if layout.ways(dim) == 1})
             logger.info(
                 "mesh %s: %s; searched on a step of %d sequences in all %d layers, %d operations",
                 layout.mesh_shape,
@@ -241,15 +289,12 @@ def _batch_to_search(config: ModelConfig, axes: Mapping[str, int]) -> int:
     return config.train_batch_size // num_microbatches(config, MeshLayout(axes, {"batch": longest}))
 
 
-def _sizes(config: ModelConfig) -> dict[str, dict[str, int]]:
-    keys = ["train_batch_size", *(["eval_batch_size"] if config.eval_steps else [])]
+def _sizes(config: ModelConfig, evaluates: bool | None = None) -> dict[str, dict[str, int]]:
+    """Of what a layout may split, with the batch of evaluation where training evaluates, or where `evaluates`."""
+    if evaluates is None:
+        evaluates = config.eval_steps > 0 or bool(config.eval_tasks)
+    keys = ["train_batch_size", *(["eval_batch_size"] if evaluates else [])]
     return layout_sizes(config, {key: getattr(config, key) for key in keys})
-
-
-def _misfits(config: ModelConfig, layout: MeshLayout) -> Iterator[tuple[str, str]]:
-    """(dimension that cannot be split, sentence), until the layout without these fits."""
-    for misfit in misfits(layout, _sizes(config), TENSORS):
-        yield misfit.dim, misfit.sentence
 
 
 def _choices(config: ModelConfig, layout: MeshLayout) -> list[ModelConfig]:
@@ -269,21 +314,16 @@ def _choices(config: ModelConfig, layout: MeshLayout) -> list[ModelConfig]:
 def too_large(plan: Plan, found: Sequence[Alternative], hardware: Hardware | None) -> list[str]:
     if hardware is None or plan.total <= hardware.memory:
         return []
-    sentence = f"{_gb(plan.total)} do not fit into the {_gb(hardware.memory)} of a device of {hardware.name}"
+    sentence = f"{_said(plan.total)} do not fit into the {_said(hardware.memory)} of a device of {hardware.name}"
     fitting = [other for other in found if other.plan.total <= hardware.memory]
     if fitting:
-        config = min(fitting, key=lambda other: other.plan.flops).config
-        limit = "null" if config.tokens_per_mb_per_replica is None else config.tokens_per_mb_per_replica
-        return [
-            f"{sentence}; --set recompute_grad={str(config.recompute_grad).lower()} "
-            f"--set tokens_per_mb_per_replica={limit} would"
-        ]
+        return [f"{sentence}; with {_settings(min(fitting, key=lambda other: other.plan.flops).config)} they do"]
     least = min(found, key=lambda other: other.plan.total).plan
     kept = least.parameters + least.slots + least.gradients
     if kept > hardware.memory:
         return [
-            f"{sentence}: weights, slots and gradients alone are {_gb(kept)}; split more of the weights, over "
-            "more devices"
+            f"{sentence}: weights, slots and gradients alone are {_said(kept)}; split more of the weights, into more "
+            "parts: a longer axis for heads, vocab and intermediate_expanded, or for embd"
         ]
     return [f"{sentence}; split more dimensions in layout, over more devices, or lower train_batch_size or n_ctx"]
 
@@ -291,41 +331,66 @@ def too_large(plan: Plan, found: Sequence[Alternative], hardware: Hardware | Non
 def _barely(plan: Plan, hardware: Hardware | None) -> list[str]:
     if hardware is None or not _NEARLY_FULL * hardware.memory < plan.total <= hardware.memory:
         return []
-    return ["it fits barely, and TensorFlow itself needs some memory; leave it a tenth"]
+    return ["it fits barely; leave a tenth of the memory to TensorFlow itself"]
+
+
+def _idle(layout: MeshLayout) -> Iterator[str]:
+    for axis, ways in layout.axes.items():
+        if ways > 1 and axis not in layout.rules.values():
+            yield f"no rule of the layout uses axis {axis!r}, so its {ways} devices do the same; split more over it"
 
 
 def _whole_everywhere(config: ModelConfig, plan: Plan, layout: MeshLayout) -> Iterator[str]:
-    """What could be split and lies whole on every device."""
+    """What could be split and lies whole on every device, the weights of all layers together."""
     if layout.size == 1:
         return
     kept = (plan.parameters + plan.slots + plan.gradients) / plan.parameters  # bytes for each byte of a weight
     whole = [weight for weight in plan.weights if weight.copies == layout.size]
     together = kept * sum(weight.bytes for weight in whole)
-    if len(whole) == len(plan.weights) and together >= _MOSTLY * plan.total:
+    if len(whole) == len(plan.weights) and together >= _MOSTLY * plan.total and not any(_idle(layout)):
         yield (
-            f"all weights lie whole on every device: with slots and gradients {_gb(together)} of {_gb(plan.total)}; "
-            "give the mesh a second axis and split heads, vocab and intermediate_expanded over it, or embd"
+            f"all weights lie whole on every device: with slots and gradients {_said(together)} of "
+            f"{_said(plan.total)}; give the mesh a second axis and split heads, vocab and intermediate_expanded over "
+            "it, or embd"
         )
         return
+    alike: dict[str, list[Weight]] = defaultdict(list)
     for weight in whole:
-        if kept * weight.bytes >= _GIANT * plan.total:
-            shape = ", ".join(f"{dim} {size}" for dim, size in weight.shape.items())
-            yield (
-                f"{weight.name} [{shape}] lies whole on every device: with slots and gradient "
-                f"{_gb(kept * weight.bytes)} of {_gb(plan.total)}; {_splits(config, weight, layout)}"
-            )
+        alike[re.sub(r"/h\d+/", "/h*/", weight.name)].append(weight)
+    for name, weights in sorted(alike.items(), key=lambda item: -sum(weight.bytes for weight in item[1])):
+        size, shape = kept * sum(weight.bytes for weight in weights), weights[0].shape
+        if size < _GIANT * plan.total or any(layout.ways(dim) > 1 for dim in shape):  # by a rule advised before
+            continue
+        layout, advised = _split(config, shape, layout)
+        each = ", ".join(f"{dim} {length}" for dim, length in shape.items())
+        many = f"{len(weights)} x " if len(weights) > 1 else ""
+        yield (
+            f"{many}{name} [{each}] {'lie' if many else 'lies'} whole on every device: with slots and gradients "
+            f"{_said(size)} of {_said(plan.total)}; {advised}"
+        )
 
 
-def _splits(config: ModelConfig, weight: Weight, layout: MeshLayout) -> str:
-    """The rules that would split `weight`, or why there is none."""
-    sizes, reasons = _sizes(config), []
-    for dim in weight.shape:
-        for axis, ways in layout.axes.items():
-            if dim not in sizes or dim in layout.rules or ways == 1:
-                continue
-            longer = replace(layout, rules={**layout.rules, dim: axis})
-            found = next(misfits(longer, sizes, TENSORS), None)
-            if found is None:
-                return f"add {dim}:{axis} to the layout"
-            reasons.append(found.sentence.split(";")[0])
-    return f"no axis can take it: {reasons[0]}" if reasons else "no rule can split it"
+def _split(config: ModelConfig, shape: Mapping[str, int], layout: MeshLayout) -> tuple[MeshLayout, str]:
+    """The layout with one more rule, which splits a weight of `shape`, and what to say of it or of its absence."""
+    sizes = _sizes(config)
+    odd: list[str] = []  # what other sizes would allow
+    taken: list[str] = []  # what another axis would
+    dims = sorted((dim for dim in shape if dim in sizes), key=lambda dim: dim == "embd")  # which communicates most
+    for dim, (axis, ways) in itertools.product(dims, layout.axes.items()):
+        if ways == 1:
+            continue
+        longer = replace(layout, rules={**layout.rules, dim: axis})
+        found = list(misfits(longer, sizes, TENSORS))
+        uneven = {source: size for source, size in sizes[dim].items() if size % ways}
+        if not found:
+            return longer, f"add {dim}:{axis} to the layout"
+        if not uneven:
+            taken.append(dim)
+        elif len(found) == len(uneven):
+            ((source, size), *_) = uneven.items()
+            odd.append(f"with {source} a multiple of {ways}, such as {-(-size // ways) * ways}, {dim}:{axis} could")
+    if odd:
+        return layout, f"no rule of this mesh can split it; {odd[0]}"
+    if taken:
+        return layout, f"no rule of this mesh can split it; on one more axis {' or '.join(dict.fromkeys(taken))} could"
+    return layout, "no rule of this mesh can split it"

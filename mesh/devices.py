@@ -53,6 +53,19 @@ def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
         if visible:
             return LocalDevices(tuple(f"/device:GPU:{i}" for i in range(visible)))
         return LocalDevices(("/device:CPU:0",))
+    devices = device_names(gpu_ids)
+    for given, device in zip(gpu_ids, devices, strict=True):
+        if ":GPU:" in device and int(device.rsplit(":", 1)[1]) >= visible:
+            there = f"the visible GPUs are gpu:0 ... gpu:{visible - 1}" if visible else _why_no_gpu()
+            raise UserError(
+                f"--gpu_ids {given!r} names a GPU that is not there; {there}; for the CPU use --gpu_ids cpu:0"
+            )
+    return LocalDevices(devices)
+
+
+def device_names(gpu_ids: Sequence[str]) -> tuple[str, ...]:
+    """What `--gpu_ids` names, as TensorFlow does, whether it is there or not. Raises UserError for a name that is no
+    device."""
     names: list[str] = []
     kinds = {match["kind"].upper() for given in gpu_ids if (match := _DEVICE.match(given))}
     if len(kinds) > 1:
@@ -61,17 +74,11 @@ def local_devices(gpu_ids: Sequence[str] | None) -> LocalDevices:
         match = _DEVICE.match(given)
         if match is None:
             raise UserError(f"--gpu_ids {given!r} is not a device; write it like device:GPU:0, gpu:0 or cpu:0")
-        kind, index = match["kind"].upper(), int(match["index"])
-        if kind == "GPU" and index >= visible:
-            there = f"the visible GPUs are gpu:0 ... gpu:{visible - 1}" if visible else _why_no_gpu()
-            raise UserError(
-                f"--gpu_ids {given!r} names a GPU that is not there; {there}; for the CPU use --gpu_ids cpu:0"
-            )
-        name = f"/device:{kind}:{index}"
+        name = f"/device:{match['kind'].upper()}:{int(match['index'])}"
         if name in names:
             raise UserError(f"--gpu_ids names {given!r} twice; name each device once")
         names.append(name)
-    return LocalDevices(tuple(names))
+    return tuple(names)
 
 
 def _why_no_gpu() -> str:

@@ -56,9 +56,13 @@ GPUS: dict[str, Hardware] = {
 
 @dataclass(frozen=True)
 class _Chip:
-    """A TPU's chip: devices on it, and the rest as of Hardware, for the whole chip. `cores` give a TPU's name."""
+    """A TPU's chip: devices on it, and the rest as of Hardware, for the whole chip.
+
+    A TPU's name counts `cores`; `largest` is the number of the largest one.
+    """
 
     cores: int
+    largest: int
     devices: int
     gib: int
     tera_flops: float
@@ -68,9 +72,9 @@ class _Chip:
 
 # Products of float32 numbers are made of bfloat16 factors, summed in float32: one rate for both.
 _CHIPS = {
-    "2": _Chip(2, 2, 16, 46, 4 * 62e9, "Cloud TPU documentation; CACM 63(7), 2020: four links of 496 Gbit/s"),
-    "3": _Chip(2, 2, 32, 123, 4 * 82e9, "Cloud TPU documentation; CACM 63(7), 2020: four links of 656 Gbit/s"),
-    "4": _Chip(2, 1, 32, 275, 6 * 50e9, "arXiv:2304.01433: six links of 50 GB/s; a chip's two cores are one device"),
+    "2": _Chip(2, 512, 2, 16, 46, 4 * 62e9, "Cloud TPU documentation; CACM 63(7), 2020: four links of 496 Gbit/s"),
+    "3": _Chip(2, 2048, 2, 32, 123, 4 * 82e9, "Cloud TPU documentation; CACM 63(7), 2020: four links of 656 Gbit/s"),
+    "4": _Chip(2, 8192, 1, 32, 275, 6 * 50e9, "arXiv:2304.01433: six links of 50 GB/s; two cores are one device"),
 }
 
 
@@ -80,12 +84,13 @@ def hardware(name: str) -> Hardware:
         return GPUS[name]
     match = re.fullmatch(r"v([234])-(\d+)", name)
     cores = int(match[2]) if match else 0
-    if match is None or cores < 8 or cores & (cores - 1):
+    chip = _CHIPS[match[1]] if match else None
+    if chip is None or not 8 <= cores <= chip.largest or cores & (cores - 1):
+        tpus = " or ".join(f"v{version}-N up to v{version}-{chip.largest}" for version, chip in _CHIPS.items())
         raise UserError(
-            f"--device {name!r} is not known; known are {', '.join(GPUS)} and the TPUs v2-N, v3-N and v4-N, "
-            "with N = 8, 16, 32, ... cores"
+            f"--device {name!r} is not known; known are {', '.join(GPUS)}, or of TPUs, with N = 8, 16, 32, ... cores, "
+            f"{tpus}"
         )
-    chip = _CHIPS[match[1]]
     rate = chip.tera_flops * 1e12 / chip.devices
     return Hardware(
         name,

@@ -57,7 +57,8 @@ def parse(mesh_shape: str | None, layout: str | None, num_devices: int) -> MeshL
     """
     if mesh_shape is None:
         if layout:
-            raise UserError(f"layout {layout!r} needs a mesh_shape; with {num_devices} devices e.g. 'x:{num_devices}'")
+            devices = f"{num_devices} device{'s' * (num_devices > 1)}"
+            raise UserError(f"layout {layout!r} needs a mesh_shape; with {devices} e.g. 'x:{num_devices}'")
         return MeshLayout({"all": num_devices}, {"batch": "all"}, assumed=True)
     axes: dict[str, int] = {}
     for axis, size in _pairs("mesh_shape", mesh_shape, "x:4,y:2"):
@@ -173,11 +174,14 @@ def _indivisible(mesh: MeshLayout, dim: str, source: str, size: int) -> str:
 
 
 def _pairs_on_one_axis(mesh: MeshLayout, tensor: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Dimensions of `tensor` that the layout splits over the same axis, each with the first one there."""
+    """Dimensions of `tensor` that the layout splits over the same axis, each with the first one there.
+
+    Mesh-TensorFlow refuses them on an axis of one processor as well.
+    """
     taken: dict[str, str] = {}
     for dim in tensor:
         axis = mesh.rules.get(dim)
-        if axis is None or mesh.axes[axis] == 1:
+        if axis is None:
             continue
         if axis in taken:
             yield taken[axis], dim

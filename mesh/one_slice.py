@@ -65,6 +65,7 @@ class OneSlice(mtf.MeshImpl):
     def __init__(self, mesh_shape: str, layout: str):
         mtf.MeshImpl.__init__(self, mtf.convert_to_shape(mesh_shape), mtf.convert_to_layout_rules(layout))
         self.noted: dict[str, Collective] = {}
+        self.layout = layout
 
     def slicewise(self, fn: Callable, *inputs: Any) -> Any:
         values = mtf_ops.convert_args_to_laid_out_tensors(inputs)
@@ -168,7 +169,7 @@ class SliceLowering:
                 self._known[key] = self._lower(operation, to_sum)
             except (ValueError, NotImplementedError) as error:
                 raise UserError(
-                    f"layout {self.mesh_impl.layout_rules!r} cannot be used: Mesh-TensorFlow cannot lower "
+                    f"layout {self.mesh_impl.layout!r} cannot be used: Mesh-TensorFlow cannot lower "
                     f"{operation.name} ({' '.join(str(error).split())}); split other dimensions"
                 ) from error
         return self._known[key]

@@ -3,6 +3,7 @@
 import pytest
 
 from errors import UserError
+from mesh import mtf
 from mesh.layout import MeshLayout, check_devices, check_layout, parse
 
 SIZES = {"batch": {"train_batch_size": 8}, "heads": {"n_head": 6}, "vocab": {"n_vocab": 10}, "embd": {"n_embd": 12}}
@@ -59,5 +60,10 @@ def test_a_layout_must_fit_the_model(layout: str, expected: str) -> None:
         check_layout(parse("x:4", layout, 4), sizes, TENSORS)
 
 
-def test_axes_of_one_processor_split_nothing() -> None:
-    check_layout(parse("x:1", "vocab:x,embd:x", 1), SIZES, TENSORS)
+def test_mesh_tensorflow_wants_dimensions_apart_on_one_processor_too() -> None:
+    with pytest.raises(UserError, match="'vocab' and 'embd' over the same axis 'x'"):
+        check_layout(parse("x:1", "vocab:x,embd:x", 1), SIZES, TENSORS)
+    with pytest.raises(ValueError, match="may not map to the same Mesh Dimension"):
+        mtf.convert_to_layout_rules("vocab:x,embd:x").tensor_layout(
+            mtf.convert_to_shape("vocab:8,embd:8"), mtf.convert_to_shape("x:1")
+        )

@@ -42,7 +42,7 @@ def plan(config: ModelConfig, mesh_shape: str, layout: str, on_tpu: bool = False
             ("x:2,y:2", "batch:x,experts:x,heads:y"),
             ONE_LAYER | EXPERTS | {"opt_name": "adafactor", "precision": "bfloat16"},
         ),
-        (("x:1", ""), {"recompute_grad": True, "tokens_per_mb_per_replica": 128}),
+        (("x:1", ""), {"recompute_grad": True, "tokens_per_mb_per_replica": 128, "entmax_loss": True}),
     ],
 )
 def test_a_real_step_costs_what_was_planned(tmp_path: Path, mesh: tuple[str, str], settings: dict[str, Any]) -> None:
@@ -84,7 +84,8 @@ def test_what_saves_memory(tmp_path: Path) -> None:
     text = report.text()
     for size in (report.plan.parameters, report.plan.slots, report.plan.activations, report.plan.traffic[0].bytes):
         assert f"{size:,}" in text
-    assert text.endswith("can be trained so")
+    assert re.search(r"^ +false +64 +4 +[\d.]+ MB +[\d.]+ MB$", text, re.MULTILINE)
+    assert text.endswith("fits its mesh and layout; --device NAME also says whether it fits into memory")
 
 
 def test_what_a_tpu_does_otherwise(tmp_path: Path) -> None:
@@ -153,7 +154,27 @@ def test_misfits_are_findings(tmp_path: Path) -> None:
         strict=True,
     ):
         assert part in sentence
+    assert "planned without heads:y, vocab:y, embd:x, head:y, which does not fit" in report.text()
     assert report.text().endswith("cannot be trained so")
+    assert not report.advice
+
+
+def test_training_may_fit_where_its_evaluation_does_not(tmp_path: Path) -> None:
+    config = plan_config(tmp_path, eval_steps=1, eval_batch_size=3, **ONE_LAYER)
+    report = make_report(config, parse("x:2", "batch:x", 2), alternatives=False)
+    assert "splits eval_batch_size = 3 into 2 parts" in report.problems[0]
+    assert report.layout.rules == {"batch": "x"} and not report.left_out
+
+
+def test_advice_can_be_followed_all_at_once(tmp_path: Path) -> None:
+    config = plan_config(tmp_path, n_vocab=1024, train_batch_size=2, n_ctx=8)
+    idle, *advice = make_report(config, parse("x:2,y:2", "batch:x", 4), alternatives=False).advice
+    assert idle == "no rule of the layout uses axis 'y', so its 2 devices do the same; split more over it"
+    assert "2 x gpt2/h*/mlp/conv1d_main/c_fc/kernel [embd 32, intermediate_expanded 128] lie whole" in "".join(advice)
+    rules = [sentence.rpartition("add ")[2].removesuffix(" to the layout") for sentence in advice]
+    assert rules == ["vocab:y", "intermediate_expanded:y"]
+    followed = make_report(config, parse("x:2,y:2", ",".join(["batch:x", *rules]), 4), alternatives=False)
+    assert not followed.problems and not followed.advice
 
 
 def test_what_lies_whole_on_every_device(tmp_path: Path) -> None:
@@ -166,7 +187,9 @@ def test_what_lies_whole_on_every_device(tmp_path: Path) -> None:
     odd = make_report(
         plan_config(tmp_path, n_vocab=4097, train_batch_size=2, n_ctx=8), split.layout, alternatives=False
     )
-    assert "no axis can take it: layout rule 'vocab:x' splits n_vocab = 4097 into 2 parts" in odd.advice[0]
+    assert odd.advice[0].endswith("split it; with n_vocab a multiple of 2, such as 4098, vocab:y could")
+    lone = make_report(config, parse("x:2", "batch:x,embed_sequence:x", 2), alternatives=False)
+    assert lone.advice[0].endswith("no rule of this mesh can split it; on one more axis vocab or embd could")
     assert not make_report(config, parse("x:1", "", 1), alternatives=False).advice
 
 
@@ -177,11 +200,11 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path) -> None:
 
     def said(memory: int) -> str:
         (sentence,) = too_large(report.plan, report.alternatives, replace(GPUS["t4-16"], memory=memory))
-        return sentence.partition("; ")[2]
+        return sentence.partition("; ")[2].removeprefix("with ").removesuffix(" they do")
 
     assert found[True, 8].total < found[False, 8].total < found[True, 1].total < found[False, 1].total
-    assert said(found[False, 8].total) == "--set recompute_grad=false --set tokens_per_mb_per_replica=64 would"
-    assert said(found[True, 8].total) == "--set recompute_grad=true --set tokens_per_mb_per_replica=64 would"
+    assert said(found[False, 8].total) == "--set recompute_grad=false --set tokens_per_mb_per_replica=64"
+    assert said(found[True, 8].total) == "--set recompute_grad=true --set tokens_per_mb_per_replica=64"
     assert said(found[True, 8].total - 1).startswith("split more dimensions in layout")
     kept = report.plan.parameters + report.plan.slots + report.plan.gradients
     assert (
@@ -197,8 +220,9 @@ def test_hardware() -> None:
     assert (v3.count, v3.memory, v3.is_tpu) == (32, 16 * GIB, True)
     assert (v4.count, v4.memory) == (4, 32 * GIB)
     assert (a100.count, a100.memory, a100.flops["bfloat16"], a100.is_tpu) == (None, 80 * GIB, 312e12, False)
-    for name in ("v3-12", "v3-4", "v9-8", "a100"):
-        with pytest.raises(UserError, match=f"--device '{name}' is not known; known are t4-16, .*v2-N, v3-N and v4-N"):
+    assert hardware("v3-2048").count == 2048
+    for name in ("v3-12", "v3-4", "v9-8", "v2-1024", "a100", ""):
+        with pytest.raises(UserError, match=f"--device '{name}' is not known; known are t4-16, .*v2-N up to v2-512"):
             hardware(name)
 
 

@@ -51,7 +51,7 @@ PRINTED = (
         r'^"mesh_shape": "(x:8|x:4,y:2)",\n"layout": "[\w:,]+"\n\n[\s\S]*verdict: mine can be trained',
     ),
     ("--auto_layout", r'^"layout": "[\w:,]+"\n$'),
-    ("--plan", r"parameters +[\d,]+ [\s\S]*verdict: mine can be trained so"),
+    ("--plan", r"parameters +[\d,]+ [\s\S]*verdict: mine (can be trained so|fits its mesh and layout)"),
     ("--check_dataset", "verdict: the datasets fit the model"),
     ("--eval", '"task": "validation"'),
     ("--json", r'^{"prompt": "Once", "continuation": .*, "new_tokens": \d+}\n{"prompt": "upon"'),

@@ -249,6 +249,13 @@ SAMPLING = {
 }
 FLAGS = {
     "--device": Case("--plan --device v3-5", "--device 'v3-5' is not known; known are t4-16, "),
+    "--device without a name": Case("--plan --device=", "--device '' is not known"),
+    "--device and --gpu_ids": Case(
+        f"--plan {CPU_2} --device v3-8", "names 2 devices and --device 'v3-8' is a TPU of 8"
+    ),
+    "--plan of no device": Case("--plan --gpu_ids banana", "--gpu_ids 'banana' is not a device"),
+    "--plan of an absent TPU": Case("--plan --tpu nowhere", "is not there, leave --tpu out and use --device v3-8"),
+    "--auto_layout of one device": Case("--auto_layout --mesh_shape x:1", "one device splits nothing"),
     "--device alone": Case("--device v3-8", "--device 'v3-8' goes with --plan"),
     "--plan of an evaluation": Case(
         "--plan --eval", "--plan only looks at what training would do; run it without --eval"
