@@ -20,6 +20,10 @@ BLOCK_ELEMENTS = 4096
 _LONGEST_CYCLE = 100_000
 _FOREVER = tf.int64.max
 
+# (path [], byte ranges int64 [parts, 2]) -> the file's elements, range by range those that begin in it: tensors of one
+# dtype and static shape.
+Reader = Callable[[tf.Tensor, tf.Tensor], tf.data.Dataset]
+
 
 def interleave_schedule(weights: Sequence[float]) -> np.ndarray:
     """The cycle in which datasets take turns: int32 [cycle], the index of the dataset that each sample comes from.
@@ -73,26 +77,29 @@ def draws_below(bounds: tf.Tensor, key: int, index: tf.Tensor) -> tf.Tensor:
 def ordered_elements(
     files: Sequence[str],
     counts: Sequence[int],
-    read: Callable[[tf.Tensor], tf.data.Dataset],
+    starts: Sequence[Sequence[int]],
+    read: Reader,
     seed: int,
     shuffle: bool,
     first: tf.Tensor,
 ) -> tf.data.Dataset:
     """Infinite dataset of the files' elements: those of the training order from position `first` (int64 []) on.
 
-    Every epoch gives each element once. With `shuffle` it permutes the files anew and then the elements within blocks
-    of BLOCK_ELEMENTS; without, it keeps the files' order. Reaching a position opens one file, passes over the elements
-    before it and reads at most one block too many.
+    Every epoch gives each element once. With `shuffle` it permutes the files anew, the parts of each file, and then the
+    elements within blocks of BLOCK_ELEMENTS; without, it keeps the files' order. Reaching a position opens one file,
+    passes over the elements before it and reads at most one block too many.
 
     Args:
         files: paths.
         counts: how many elements each file holds; a file that holds more or fewer is refused while it is read.
-        read: path (string []) -> the file's elements in their order, tensors of one dtype and static shape.
+        starts: the bytes at which the parts of each file begin, the first of them 0.
+        read: see Reader.
         seed, shuffle, first: as above.
     """
     total = sum(counts)
     names, sizes = np.array(files), np.array(counts, np.int64)
-    file_key, element_key = stream_key(seed, "files"), stream_key(seed, "records")
+    file_key, part_key, element_key = (stream_key(seed, name) for name in ("files", "parts", "records"))
+    parts, parts_of_file = _byte_ranges(starts)
     blocks_per_epoch = math.ceil(total / BLOCK_ELEMENTS)
     first_epoch, first_block = first // total, first % total // BLOCK_ELEMENTS
 
@@ -102,9 +109,17 @@ def ordered_elements(
         order = _permutation(len(files), file_key, epoch) if shuffle else tf.range(len(files))
         size = tf.gather(sizes, order)
         passed = tf.clip_by_value(block * BLOCK_ELEMENTS - tf.cumsum(size, exclusive=True), 0, size)
-        paths = tf.data.Dataset.from_tensor_slices((tf.gather(names, order), passed, size))
-        unread = paths.filter(lambda path, passed, size: passed < size)
-        elements = unread.flat_map(lambda path, passed, size: _read_exactly(read, path, passed, size))
+        unread = tf.data.Dataset.from_tensor_slices((order, passed, size)).filter(lambda _, passed, size: passed < size)
+
+        def file_elements(file: tf.Tensor, passed: tf.Tensor, size: tf.Tensor) -> tf.data.Dataset:
+            of_file = tf.gather(parts_of_file, file)
+            ranges = tf.gather(parts, tf.range(of_file[0], of_file[1]))
+            if shuffle:
+                shuffled = _permutation(tf.shape(ranges)[0], part_key, epoch * len(files) + tf.cast(file, tf.int64))
+                ranges = tf.gather(ranges, shuffled)
+            return _read_exactly(read, tf.gather(names, file), ranges, passed, size)
+
+        elements = unread.flat_map(file_elements)
         return elements.batch(BLOCK_ELEMENTS).enumerate(epoch * blocks_per_epoch + block)
 
     def permuted(block: tf.Tensor, elements: tf.Tensor) -> tf.Tensor:
@@ -116,11 +131,19 @@ def ordered_elements(
     return blocks.map(permuted).unbatch().skip(first % total % BLOCK_ELEMENTS)
 
 
+def _byte_ranges(starts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [parts, 2], the first byte of each part of all files and the one after its last; int32 [files, 2], which of
+    them are each file's. The last one has no end."""
+    ranges = [pair for file in starts for pair in zip(file, [*file[1:], _FOREVER], strict=True)]
+    ends = np.cumsum([len(file) for file in starts])
+    return np.array(ranges, np.int64), np.stack([np.append(0, ends[:-1]), ends], axis=1).astype(np.int32)
+
+
 def _read_exactly(
-    read: Callable[[tf.Tensor], tf.data.Dataset], path: tf.Tensor, passed: tf.Tensor, size: tf.Tensor
+    read: Reader, path: tf.Tensor, ranges: tf.Tensor, passed: tf.Tensor, size: tf.Tensor
 ) -> tf.data.Dataset:
     """The elements of a file of `size` from number `passed` on; an assertion fails where it holds more or fewer."""
-    elements = read(path).skip(passed)
+    elements = read(path, ranges).skip(passed)
     nothing = tf.zeros(elements.element_spec.shape, elements.element_spec.dtype)
     after_end = tf.data.Dataset.from_tensors((nothing, False)).repeat()
     # One is asked for past the last, so that a file that holds more is found out.

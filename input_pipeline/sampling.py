@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import tensorflow.compat.v1 as tf
 
 from input_pipeline.errors import require
-from input_pipeline.order import draws_below, ordered_elements, stream_key
+from input_pipeline.order import Reader, draws_below, ordered_elements, stream_key
 from input_pipeline.sources import Source
-from input_pipeline.tfrecords import EXPECTED, FEATURE, READ_BUFFER_BYTES, TokenReader, parse_text
+from input_pipeline.tfrecords import EXPECTED, FEATURE, FRAMING_BYTES, READ_BUFFER_BYTES, TokenReader, parse_text
 from input_pipeline.window_counts import too_short
 
 
@@ -24,11 +24,16 @@ class SamplingMode:
 
 def _prepare_chunks(source: Source) -> None:
     _ = source.window_counts if source.drop_short else (source.windows_per_record, source.counts)
+    _ = source.segment_starts
 
 
 def _train_chunks(source: Source, first: tf.Tensor) -> tf.data.Dataset:
     if source.drop_short:
-        return _ordered(source, source.window_counts, lambda path: _chunk_windows(_records(path), source), first)
+
+        def windows(path: tf.Tensor, ranges: tf.Tensor) -> tf.data.Dataset:
+            return _chunk_windows(_records_in(path, ranges), source)
+
+        return _ordered(source, source.window_counts, source.segment_starts, windows, first)
     first_record, first_window = first // source.windows_per_record, first % source.windows_per_record
     return _chunk_windows(_training_records(source, first_record), source).skip(first_window)
 
@@ -68,7 +73,7 @@ def _chunk_windows(records: tf.data.Dataset, source: Source) -> tf.data.Dataset:
 
 
 def _prepare_documents(source: Source) -> None:
-    _ = source.counts
+    _ = source.counts, source.segment_starts
 
 
 def _train_random_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
@@ -103,7 +108,9 @@ def _prepare_fixed_windows(source: Source) -> None:
 
 
 def _train_fixed_windows(source: Source, first: tf.Tensor) -> tf.data.Dataset:
-    return _ordered(source, source.window_counts, lambda path: _group_windows(path, source), first)
+    # a group is of documents in a row, so a file is one part
+    whole = [[0] for _ in source.files]
+    return _ordered(source, source.window_counts, whole, lambda path, _: _group_windows(path, source), first)
 
 
 def _group_windows(path: tf.Tensor, source: Source) -> tf.data.Dataset:
@@ -160,6 +167,8 @@ def _count_documents(source: Source) -> int:
     return -(-max(tokens - 1, 0) // source.n_ctx)
 
 
+_RECORDS_AT_ONCE = 64
+_BYTES_BEHIND = 64 << 10
 _DOCUMENTS_AT_ONCE = 64
 _WINDOWS_AT_ONCE = 16
 
@@ -173,18 +182,43 @@ SAMPLING: dict[str, SamplingMode] = {
 
 
 def _training_records(source: Source, first_record: tf.Tensor) -> tf.data.Dataset:
-    return _ordered(source, source.counts, _records, first_record)
+    return _ordered(source, source.counts, source.segment_starts, _records_in, first_record)
 
 
 def _ordered(
-    source: Source, counts: list[int], read: Callable[[tf.Tensor], tf.data.Dataset], first: tf.Tensor
+    source: Source, counts: list[int], starts: list[list[int]], read: Reader, first: tf.Tensor
 ) -> tf.data.Dataset:
-    return ordered_elements(source.files, counts, read, stream_key(source.seed, source.index), source.shuffle, first)
+    key = stream_key(source.seed, source.index)
+    return ordered_elements(source.files, counts, starts, read, key, source.shuffle, first)
 
 
 def _records(paths: tf.Tensor | list[str]) -> tf.data.Dataset:
     """The serialized records of one file or of several, one after another."""
     return tf.data.TFRecordDataset(paths, buffer_size=READ_BUFFER_BYTES)
+
+
+def _records_in(path: tf.Tensor, ranges: tf.Tensor) -> tf.data.Dataset:
+    """The serialized records of one file that begin in each of the byte ranges, int64 [parts, 2]."""
+
+    def part(span: tf.Tensor) -> tf.data.Dataset:
+        # enough for the records behind the part too, with which it is found to have ended
+        buffer = tf.minimum(span[1] - span[0], READ_BUFFER_BYTES) + _BYTES_BEHIND
+        variant = tf.raw_ops.TFRecordDatasetV2(
+            filenames=path[None], compression_type="", buffer_size=buffer, byte_offsets=span[:1]
+        )
+        records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+        # many at once, since each operation takes longer than its work
+        inside = records.batch(_RECORDS_AT_ONCE).scan(span[0], lambda place, some: _before(some, place, span[1]))
+        return inside.take_while(lambda some: tf.size(some) > 0).unbatch()
+
+    return tf.data.Dataset.from_tensor_slices(ranges).flat_map(part)
+
+
+def _before(records: tf.Tensor, place: tf.Tensor, end: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where the records (string [records]) end whose first is at byte `place`, and those that begin before `end`."""
+    sizes = tf.cast(tf.strings.length(records), tf.int64) + FRAMING_BYTES
+    begins = place + tf.cumsum(sizes, exclusive=True)
+    return place + tf.reduce_sum(sizes), records[: tf.reduce_sum(tf.cast(begins < end, tf.int32))]
 
 
 def _parse(serialized: tf.Tensor, source: Source) -> tf.RaggedTensor:

@@ -10,6 +10,7 @@ from config import DatasetSource, ModelConfig
 from data.encoders import SpecialIds
 from errors import UserError
 from input_pipeline.masking import mask_problem
+from input_pipeline.segments import segment_starts
 from input_pipeline.tfrecords import TokenReader, count_records, find_files, first_tokens
 from input_pipeline.window_counts import count_windows, group_windows, whole_windows
 
@@ -54,6 +55,11 @@ class Source:
         if not sum(counts):
             raise self._no_record()
         return counts
+
+    @cached_property
+    def segment_starts(self) -> list[list[int]]:
+        """Where the parts of each file begin that are read in any order; a file is one where nothing is shuffled."""
+        return segment_starts(self.files, self.counts) if self.shuffle else [[0] for _ in self.files]
 
     @cached_property
     def first_record(self) -> tuple[str, list[int]]:

@@ -23,7 +23,8 @@ EXPECTED = f"records must hold token ids in an int64 feature `{FEATURE}`, as dat
 READ_BUFFER_BYTES = 4 << 20
 
 _HEADER = struct.Struct("<QI")  # length of the data; masked CRC-32C of these eight bytes
-_FRAMING_BYTES = _HEADER.size + 4  # ... and the data's own checksum after it
+HEADER_BYTES = _HEADER.size
+FRAMING_BYTES = HEADER_BYTES + 4  # ... and the data's own checksum after it
 _CHUNK_BYTES = 4 << 20
 _HEAD_BYTES = 256 << 10  # what is read of a file before the count in its name is believed
 _COUNT_IN_NAME = re.compile(r"_\d+_(\d+)\.tfrecords?$")  # NAME_<i>[_<process>]_<n_records>.tfrecords
@@ -78,7 +79,7 @@ def first_tokens(path: str) -> list[int] | None:
             size = file.size()
             if not size:
                 return None
-            length = _first_length(file.read(_HEADER.size), size, path)
+            length = _first_length(file.read(HEADER_BYTES), size, path)
             example = tf.train.Example.FromString(file.read(length))
     except tf.errors.OpError as error:
         raise unreadable(path, error.message) from error
@@ -132,7 +133,7 @@ class TokenReader:
     @staticmethod
     def _parse(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         text = parse_text(serialized)
-        file_bytes = tf.reduce_sum(tf.strings.length(serialized) + _FRAMING_BYTES)
+        file_bytes = tf.reduce_sum(tf.strings.length(serialized) + FRAMING_BYTES)
         return text.flat_values, text.row_lengths(), file_bytes
 
     def read(self, path: str) -> Iterator[Records]:
@@ -186,14 +187,14 @@ def _follow_headers(file: tf.io.gfile.GFile, size: int, path: str, position: int
     records, chunk, chunk_start = 0, b"", position
     while position < stop:
         offset = position - chunk_start
-        if offset + _HEADER.size > len(chunk):
+        if offset + HEADER_BYTES > len(chunk):
             file.seek(position)
             chunk, chunk_start, offset = file.read(min(_CHUNK_BYTES, size - position)), position, 0
             if position == 0:
-                _first_length(chunk[: _HEADER.size], size, path)
-            if len(chunk) < _HEADER.size:
+                _first_length(chunk[:HEADER_BYTES], size, path)
+            if len(chunk) < HEADER_BYTES:
                 raise _cut_short(path, records)
-        position += _HEADER.unpack_from(chunk, offset)[0] + _FRAMING_BYTES
+        position += _HEADER.unpack_from(chunk, offset)[0] + FRAMING_BYTES
         if position > size:
             raise _cut_short(path, records)
         records += 1
@@ -206,20 +207,29 @@ def _cut_short(path: str, records: int) -> UserError:
 
 def _first_length(header: bytes, size: int, path: str) -> int:
     """The first record's length; its checksum tells a record file from any other."""
-    length, checksum = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
-    if len(header) < _HEADER.size or checksum != _masked_crc32c(header[:8]):
+    length, checksum = _HEADER.unpack(header.ljust(HEADER_BYTES, b"\0"))
+    if len(header) < HEADER_BYTES or checksum != masked_crc32c(np.frombuffer(header[:8], np.uint8)[None])[0]:
         raise UserError(f"{path} is not a tfrecords file (or is compressed, or damaged at its very start); {EXPECTED}")
-    if length + _FRAMING_BYTES > size:
+    if length + FRAMING_BYTES > size:
         raise _cut_short(path, 0)
     return int(length)
 
 
-def _masked_crc32c(data: bytes) -> int:
-    """The checksum of TFRecord framing: CRC-32C (Castagnoli), rotated and offset."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def _crc_table() -> np.ndarray:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+def masked_crc32c(rows: np.ndarray) -> np.ndarray:
+    """uint8 [rows, bytes] -> uint32 [rows]: the checksum of TFRecord framing: CRC-32C (Castagnoli), rotated and
+    offset."""
+    crc = np.full(len(rows), 0xFFFFFFFF, np.uint32)
+    for column in rows.T:
+        crc = _CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
+    crc = ~crc
+    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
