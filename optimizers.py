@@ -9,6 +9,8 @@ import tensorflow.compat.v1 as tf
 
 from config import ModelConfig
 from mesh import mtf
+from mesh.adam import AdamSettings, AdamUpdate
+from mesh.operations import sum_of_squares
 
 END_LR_FRACTION = 0.1  # GPT-3: decay to 10% of the peak
 ADAFACTOR_DECAY_EXPONENT = 0.8  # arXiv:1804.04235, section 7.2
@@ -33,7 +35,7 @@ def learning_rate(config: ModelConfig, step: tf.Tensor) -> tf.Tensor:
 
 def global_norm(tensors: Sequence[mtf.Tensor]) -> mtf.Tensor:
     """The Euclidean norm of all entries of `tensors` together, a float32 scalar."""
-    return mtf.sqrt(mtf.add_n([mtf.reduce_sum(mtf.square(mtf.cast(x, tf.float32))) for x in tensors]))
+    return mtf.sqrt(mtf.add_n([sum_of_squares(x) for x in tensors]))
 
 
 def gradient_norms(gradients: Sequence[mtf.Tensor]) -> dict[str, mtf.Tensor]:
@@ -64,15 +66,11 @@ class AdamW:
     weight_decay: float
 
     def update(self, variable: mtf.Variable, gradient: mtf.Tensor, rate: mtf.Tensor) -> list[mtf.Operation]:
-        """The assignments of one step to `variable` and its slots."""
-        gradient = mtf.cast(gradient, tf.float32)
-        m, v = (_slot(variable, suffix) for suffix in ("/adam_m", "/adam_v"))
-        new_m = self.beta1 * m + (1.0 - self.beta1) * gradient
-        new_v = self.beta2 * v + (1.0 - self.beta2) * mtf.square(gradient)
-        step = new_m / (mtf.sqrt(new_v) + self.epsilon)
-        if self.weight_decay and is_decayed(variable.name):
-            step += self.weight_decay * mtf.cast(variable.value, tf.float32)
-        return [mtf.assign(m, new_m), mtf.assign(v, new_v), mtf.assign_sub(variable, rate * step)]
+        """The update of `variable` and its slots in one step."""
+        slots = [_slot(variable, suffix).operation for suffix in ("/adam_m", "/adam_v")]
+        decay = self.weight_decay if is_decayed(variable.name) else 0.0
+        settings = AdamSettings(self.beta1, self.beta2, self.epsilon, decay)
+        return [AdamUpdate([variable, *slots], mtf.cast(gradient, tf.float32), rate, settings)]
 
 
 @dataclass(frozen=True)

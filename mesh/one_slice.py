@@ -7,7 +7,7 @@ two. No variable is made and nothing is computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -18,6 +18,7 @@ from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
 
 from errors import UserError
 from mesh import mtf
+from mesh.adam import AdamUpdate
 from mesh.parts import CONSTANT, FEATURE, RANGE, VARIABLE, Collective, Part, Source, parts_of, source_of, stand_in
 
 # What tells one operation from another and yet not what it costs.
@@ -226,6 +227,8 @@ class SliceLowering:
         elif isinstance(operation, mtf_ops.Assign):
             pairs = zip(operation.variables, operation.inputs, strict=True)
             return [_assigned(lowering, variable, value, operation.assign_fn) for variable, value in pairs]
+        elif isinstance(operation, AdamUpdate):
+            return _adam(lowering, operation)
         else:
             if isinstance(operation, mtf_ops.GenericGradOperation):
                 operation._forward_op.lower(lowering)  # the gradient is TensorFlow's, of what this makes
@@ -239,6 +242,14 @@ def _assigned(lowering: _OneLowering, variable: mtf.Variable, value: mtf.Tensor,
     if assign_fn is mtf_ops.assign_slice:
         return tf.identity(new)
     return stand_in(VARIABLE, variable.slice_dtype, new.shape.as_list()) - new
+
+
+def _adam(lowering: _OneLowering, operation: AdamUpdate) -> list[tf.Tensor]:
+    """What the weight and its slots become, or what else is made where the fused kernel updates them in place."""
+    w, m, v, gradient, rate = (lowering.tensors[x].to_laid_out_tensor().tensor_list[0] for x in operation.inputs)
+    if isinstance(lowering.mesh_impl(operation), SimdMeshImpl):
+        return list(operation.settings.new_values(w, m, v, gradient, rate))
+    return [tf.nn.l2_loss(gradient), *([tf.nn.l2_loss(rate * w)] if operation.settings.decay else [])]
 
 
 def _is_constant(operation: mtf.Operation) -> bool:
@@ -271,6 +282,8 @@ def _value(value: Any, depth: int = 0) -> Any:
         if isinstance(value, FunctionType):
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
             return value.__code__, deeper(cells), deeper(value.__defaults__)
+        if is_dataclass(value):
+            return deeper(sorted(vars(value).items()))
         if isinstance(value, partial):
             return deeper(value.func), deeper(value.args), deeper(list(value.keywords.values()))
     return getattr(value, "__qualname__", type(value).__name__)

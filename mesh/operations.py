@@ -244,6 +244,16 @@ def cache_update(cache: mtf.Tensor, value: mtf.Tensor, position: mtf.Tensor, nam
     ).outputs[0]
 
 
+def sum_of_squares(x: mtf.Tensor) -> mtf.Tensor:
+    """Of all entries, a float32 scalar, in one pass. No gradient flows."""
+
+    def of_slice(slice_: tf.Tensor) -> tf.Tensor:
+        return 2 * tf.nn.l2_loss(tf.cast(slice_, tf.float32))
+
+    scalar = [(mtf.Shape([]), tf.float32)]
+    return SlicewiseOperation(of_slice, [x], scalar, reduced_dims=x.shape.dims, name="sum_of_squares").outputs[0]
+
+
 def elementwise(
     fn: Callable[..., tf.Tensor], x: mtf.Tensor, name: str, numbers: Sequence[mtf.Tensor] = ()
 ) -> mtf.Tensor:

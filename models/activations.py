@@ -1,5 +1,6 @@
 """Activation functions by the names that configs use."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -13,13 +14,26 @@ from models.context import Context
 # What an activation function is to the layer that calls it: [..., width] -> the same shape.
 Activation = Callable[[Context, mtf.Tensor], mtf.Tensor]
 
+_GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715 * _GELU_LINEAR
 _RRELU_SLOPES = (1 / 8, 1 / 3)  # arXiv:1505.00853
 _LEAST = 0.1  # what learned numbers count as below it, where a power or a logarithm of them would not be finite
 
 
-def _gelu(x: tf.Tensor) -> tf.Tensor:
-    """The tanh form of GPT-2 (arXiv:1606.08415)."""
-    return tf.nn.gelu(x, approximate=True)
+@tf.custom_gradient
+def _gelu(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    """The tanh form of GPT-2 (arXiv:1606.08415): x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    TensorFlow's own takes twice as many passes over the data, forward and back.
+    """
+    square = x * x
+    share = tf.sigmoid(x * (_GELU_CUBIC * square + _GELU_LINEAR))
+
+    def gradient(dy: tf.Tensor) -> tf.Tensor:
+        slope = x * (3 * _GELU_CUBIC * square + _GELU_LINEAR)
+        return dy * (share * (1 + slope * (1 - share)))
+
+    return x * share, gradient
 
 
 def _triangle(x: tf.Tensor) -> tf.Tensor:

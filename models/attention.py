@@ -8,7 +8,7 @@ from collections.abc import Callable
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
-from mesh.dense import linear
+from mesh.dense import add_bias, linear
 from models.context import Context
 from models.linear_attention import linear_attention
 from models.positions import rotate
@@ -35,9 +35,8 @@ def attention(ctx: Context, x: mtf.Tensor, kind: str) -> mtf.Tensor:
         mixed = ATTENTION[kind](ctx, q, k, v)
         mixed = mtf.reshape(mixed, mtf.Shape([*ctx.activation_dims, folded]))
         o = ctx.normal("o", [folded, embd], (heads.size * dims.features_per_head.size) ** -0.5)
-        out = linear(mixed, o)
         with tf.variable_scope("compute_output_bias"):
-            out += ctx.constant("o_b", [embd], 0.0)
+            out = add_bias(linear(mixed, o), ctx.constant("o_b", [embd], 0.0))
         return ctx.dropout(out, ctx.config.res_dropout, "attn/res_dropout")
 
 

@@ -5,7 +5,7 @@ import math
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
-from mesh.dense import linear
+from mesh.dense import add_bias, linear
 from models.activations import activation
 from models.context import Context
 
@@ -29,7 +29,7 @@ def dense(ctx: Context, x: mtf.Tensor, out: mtf.Dimension, name: str, by_depth: 
     with tf.variable_scope(name):
         kernel = ctx.normal("kernel", [in_dim, out], kernel_stddev(ctx, in_dim, by_depth))
         bias = ctx.constant("bias", [out], 0.0)
-    return linear(x, kernel) + bias
+    return add_bias(linear(x, kernel), bias)
 
 
 def mlp(ctx: Context, x: mtf.Tensor, name: str) -> mtf.Tensor:
@@ -58,7 +58,7 @@ def _gated(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
         kernel = ctx.normal("kernel", [embd, both], kernel_stddev(ctx, embd))
         bias = ctx.constant("bias", [both], 0.0)
     kernels, biases = _halves(kernel, hidden), _halves(bias, hidden)
-    value, gate = (linear(x, kernel) + bias for kernel, bias in zip(kernels, biases, strict=True))
+    value, gate = (add_bias(linear(x, kernel), bias) for kernel, bias in zip(kernels, biases, strict=True))
     return value * activation(ctx, ctx.config.activation_function, gate)
 
 

@@ -3,6 +3,7 @@
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
+from mesh.layer_norm import standardize
 from models.context import Context
 
 EPSILON = 1e-5
@@ -14,22 +15,13 @@ def layer_norm(ctx: Context, x: mtf.Tensor, name: str) -> mtf.Tensor:
     with tf.variable_scope(name):
         g = ctx.constant("g", [embd], 1.0, tf.float32)
         b = ctx.constant("b", [embd], 0.0, tf.float32)
-    return mtf.cast(_standardize(ctx, x) * g + b, x.dtype)
+    return standardize(x, g, b, EPSILON)
 
 
 def scale_norm(ctx: Context, x: mtf.Tensor, name: str) -> mtf.Tensor:
     """[..., embd] -> [..., embd]: as layer_norm with one learned scalar g for gain (arXiv:1910.05895, but centred)."""
     with tf.variable_scope(name):
-        return mtf.cast(_standardize(ctx, x) * ctx.constant("g", [], 1.0, tf.float32), x.dtype)
-
-
-def _standardize(ctx: Context, x: mtf.Tensor) -> mtf.Tensor:
-    """The statistics and the result are float32: variances of bfloat16 values would be good to two digits."""
-    embd = ctx.dims.embd
-    x = mtf.cast(x, tf.float32)
-    centred = x - mtf.reduce_mean(x, reduced_dim=embd)
-    variance = mtf.reduce_mean(mtf.square(centred), reduced_dim=embd)
-    return centred * mtf.rsqrt(variance + EPSILON)
+        return standardize(x, ctx.constant("g", [], 1.0, tf.float32), None, EPSILON)
 
 
 def normalize(ctx: Context, x: mtf.Tensor, name: str) -> mtf.Tensor:

@@ -6,10 +6,9 @@ In a masked language model there is no before: a position sees what follows it a
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
+from mesh.softmax import HIDDEN, masked_softmax
 from models.context import Context
 from models.memory import learned_memory, remember
-
-MASKED = -1e9  # added to the scores of positions that may not be seen; exp() of it is 0
 
 
 def global_attention(ctx: Context, q: mtf.Tensor, k: mtf.Tensor, v: mtf.Tensor) -> mtf.Tensor:
@@ -76,13 +75,13 @@ def _softmax_mix(
     dtype = q.dtype
     q, k = mtf.cast(q, tf.float32), mtf.cast(k, tf.float32)
     scores = mtf.einsum([q, k], scores_shape)
-    if visible is not None:
-        scores += (1.0 - mtf.cast(visible, scores.dtype)) * MASKED
     memory = learned_memory(ctx)
     rate = ctx.config.attn_dropout
     if memory is None:
-        weights = ctx.dropout(mtf.cast(mtf.softmax(scores, keys), dtype), rate, "attn/attn_dropout")
+        weights = ctx.dropout(mtf.cast(masked_softmax(scores, visible), dtype), rate, "attn/attn_dropout")
         return mtf.einsum([weights, v], q.shape)
+    if visible is not None:
+        scores += (1.0 - mtf.cast(visible, scores.dtype)) * HIDDEN
     to_memory = mtf.einsum([q, memory.k], scores_shape - keys + memory.dim)
     # one softmax over both (Mesh-TensorFlow's `extra_logit` would let no gradient into the second)
     highest = [

@@ -6,7 +6,10 @@ import tensorflow.compat.v1 as tf
 
 from mesh import mtf
 from mesh.cross_entropy import head_cross_entropy
+from mesh.dense import add_bias
+from mesh.layer_norm import standardize
 from mesh.operations import cache_update, elementwise, embedding_lookup
+from mesh.softmax import masked_softmax
 from tests.tiny import MtfSession
 
 BATCH, SEQUENCE = mtf.Dimension("batch", 4), mtf.Dimension("sequence", 6)
@@ -98,6 +101,71 @@ def test_cache_update_writes_one_position(layout: str) -> None:
         expected = cache.copy()
         expected[position] = value
         np.testing.assert_array_equal(got, expected)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(scores - scores.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("mesh_shape", "layout"), [("x:1", ""), ("x:2,y:2", "batch:x,vocab:y"), ("x:2", "sequence:x")])
+@pytest.mark.parametrize("masked", [True, False])
+def test_masked_softmax_and_its_gradient(mesh_shape: str, layout: str, masked: bool) -> None:
+    scores, d = (40 * normal(seed, BATCH, SEQUENCE, VOCAB) for seed in (0, 1))
+    visible = normal(2, SEQUENCE, VOCAB) < 0.5
+    visible[:, 0] = True
+
+    def build(mesh: mtf.Mesh) -> dict[str, mtf.Tensor]:
+        scores_ = given(mesh, scores, BATCH, SEQUENCE, VOCAB)
+        p = masked_softmax(scores_, given(mesh, visible, SEQUENCE, VOCAB) if masked else None)
+        total = mtf.reduce_sum(p * given(mesh, d, BATCH, SEQUENCE, VOCAB))
+        return {"p": p, "gradient": mtf.gradients([total], [scores_])[0]}
+
+    got = MtfSession(mesh_shape, layout).run(build)
+    p = softmax(np.where(visible, scores, -np.inf).astype(np.float64) if masked else scores.astype(np.float64))
+    np.testing.assert_allclose(got["p"], p, atol=1e-6)
+    np.testing.assert_allclose(got["gradient"], p * (d - (p * d).sum(-1, keepdims=True)), atol=1e-4)
+    assert not masked or (got["p"][:, ~visible] == 0).all()
+
+
+@pytest.mark.parametrize(("mesh_shape", "layout"), [("x:1", ""), ("x:2,y:2", "batch:x,embd:y"), ("x:2", "sequence:x")])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm_and_its_gradients(mesh_shape: str, layout: str, affine: bool) -> None:
+    x, d = 3 + 2 * normal(0, BATCH, SEQUENCE, EMBD), normal(1, BATCH, SEQUENCE, EMBD)
+    gain, bias = (normal(2, EMBD), normal(3, EMBD)) if affine else (np.array(1.5, np.float32), np.zeros(1))
+
+    def build(mesh: mtf.Mesh) -> dict[str, mtf.Tensor]:
+        learned = [given(mesh, gain, *([EMBD] if affine else [])), *([given(mesh, bias, EMBD)] if affine else [])]
+        x_ = given(mesh, x, BATCH, SEQUENCE, EMBD)
+        y = standardize(x_, learned[0], learned[1] if affine else None, epsilon=0.01)
+        total = mtf.reduce_sum(y * given(mesh, d, BATCH, SEQUENCE, EMBD))
+        return {"y": y, "gradients": mtf.gradients([total], [x_, *learned])}
+
+    got = MtfSession(mesh_shape, layout).run(build)
+    inverse = 1 / np.sqrt(x.astype(np.float64).var(-1, keepdims=True) + 0.01)
+    x_hat = (x - x.mean(-1, keepdims=True)) * inverse
+    d_hat = d * gain
+    dx = inverse * (d_hat - d_hat.mean(-1, keepdims=True) - x_hat * (d_hat * x_hat).mean(-1, keepdims=True))
+    expected = [dx, *([(d * x_hat).sum((0, 1)), d.sum((0, 1))] if affine else [(d * x_hat).sum()])]
+    np.testing.assert_allclose(got["y"], x_hat * gain + bias, atol=1e-5)
+    for found, value in zip(got["gradients"], expected, strict=True):
+        np.testing.assert_allclose(found, value, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mesh_shape", "layout"), [("x:1", ""), ("x:2,y:2", "batch:x,embd:y")])
+def test_a_bias_and_its_gradient(mesh_shape: str, layout: str) -> None:
+    x, bias, d = normal(0, BATCH, SEQUENCE, EMBD), normal(1, EMBD), normal(2, BATCH, SEQUENCE, EMBD)
+
+    def build(mesh: mtf.Mesh) -> dict[str, mtf.Tensor]:
+        x_, bias_ = given(mesh, x, BATCH, SEQUENCE, EMBD), given(mesh, bias, EMBD)
+        y = add_bias(x_, bias_)
+        total = mtf.reduce_sum(y * given(mesh, d, BATCH, SEQUENCE, EMBD))
+        return {"y": y, "gradients": mtf.gradients([total], [x_, bias_])}
+
+    got = MtfSession(mesh_shape, layout).run(build)
+    np.testing.assert_array_equal(got["y"], x + bias)
+    np.testing.assert_array_equal(got["gradients"][0], d)
+    np.testing.assert_allclose(got["gradients"][1], d.sum((0, 1)), atol=1e-5)
 
 
 def test_elementwise_takes_gradients_of_unfinished_sums() -> None:
