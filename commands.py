@@ -25,7 +25,8 @@ from mesh.hardware import hardware
 from mesh.layout import MeshLayout, check_devices, check_layout, mesh_shapes, parse
 from model_fns import Run, make_model_fn
 from models.dims import TENSORS, layout_sizes
-from planning import make_report, search_layout
+from planning.report import make_report
+from planning.search import search_layout
 from sample import Sampling
 from training.checkpoints import latest_step, newest_checkpoint
 from training.failures import explained

@@ -13,7 +13,7 @@ from config import load_model_config
 from mesh.devices import use_graph_mode
 from mesh.hardware import hardware
 from mesh.layout import parse
-from planning import make_report
+from planning.report import make_report
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "meshes.md"
 # config: what it is planned for

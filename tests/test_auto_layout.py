@@ -9,7 +9,8 @@ from config import ModelConfig
 from errors import UserError
 from mesh.layout import MeshLayout, check_layout, mesh_shapes, parse
 from models.dims import TENSORS, layout_sizes
-from planning import make_report, search_layout
+from planning.report import make_report
+from planning.search import search_layout
 from tests.plan_reference import plan_config
 from tests.workspace import Workspace
 

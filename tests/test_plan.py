@@ -17,7 +17,8 @@ from mesh.hardware import GIB, GPUS, hardware
 from mesh.layout import MeshLayout, parse
 from mesh.plan import Plan, make_plan
 from model_fns import training_graph
-from planning import make_report, too_large
+from planning.advice import too_large
+from planning.report import make_report
 from tests.config_values import make
 from tests.plan_reference import plan_config, run_step
 from tests.tiny import tiny_config
