@@ -52,8 +52,12 @@ def check_dataset(args: argparse.Namespace, config: ModelConfig) -> int:
 
 def plan(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print what training `config` costs each device; 1 if it cannot be trained so. Needs neither devices nor data."""
-    there = _devices_planned(args)
-    layout = parse(config.mesh_shape, config.layout, there[0] if there else 1)
+    return _print_plan(args, config, _devices_planned(args))
+
+
+def _print_plan(args: argparse.Namespace, config: ModelConfig, there: tuple[int, str] | None) -> int:
+    count = there[0] if there else len(local_devices(None).names)  # what counts where the config has no mesh
+    layout = parse(config.mesh_shape, config.layout, count)
     report = make_report(config, layout, None if args.device is None else hardware(args.device), there)
     print(report.text())
     return 1 if report.problems else 0
@@ -62,21 +66,23 @@ def plan(args: argparse.Namespace, config: ModelConfig) -> int:
 def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print the layout of least memory as a config has it, and the mesh if that is asked for; with --plan its plan."""
     there = _devices_planned(args)
-    if there is None and config.mesh_shape:
-        there = parse(config.mesh_shape, None, 1).size, "devices"
-    count, what = there or (len(local_devices(None).names), "devices")
+    size = parse(config.mesh_shape, None, 1).size if config.mesh_shape else len(local_devices(None).names)
+    count, what = there or (size, "devices")
     meshes = list(mesh_shapes(count))
     if args.auto_layout:
         mesh = parse(config.mesh_shape or f"x:{count}", None, count)
         check_devices(mesh, count, what)
         meshes = [dict(mesh.axes)]
-    layout = search_layout(config, meshes)
+    on_tpu = bool(args.tpu) or (args.device is not None and hardware(args.device).is_tpu)
+    layout = search_layout(config, meshes, on_tpu)
     lines = [f'"mesh_shape": "{layout.mesh_shape}",'] if args.auto_layout_and_mesh_shape else []
     print("\n".join([*lines, f'"layout": "{layout.layout}"']))
     if not args.plan:
         return 0
     print()
-    return plan(args, config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}))
+    return _print_plan(
+        args, config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}), there
+    )
 
 
 def _devices_planned(args: argparse.Namespace) -> tuple[int, str] | None:

@@ -54,9 +54,8 @@ def clip(gradients: Sequence[mtf.Tensor], norm: mtf.Tensor, limit: float | None)
 
 @dataclass(frozen=True)
 class AdamW:
-    """Adam (arXiv:1412.6980) without bias correction, with decoupled weight decay (arXiv:1711.05101).
+    """Adam without bias correction, with decoupled weight decay, as in mesh.adam.AdamSettings.
 
-    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;  w <- w - lr (m / (sqrt(v) + epsilon) + decay w).
     Slots are float32 and called `<variable>/adam_m` and `<variable>/adam_v`.
     """
 

@@ -64,7 +64,7 @@ def make_variant(kind: str, length: int) -> Variant:
     session.run(fetches, feed)
     traced = tf.RunMetadata()
     session.run(fetches, feed, tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), traced)
-    return Variant(lambda: session.run(fetches, feed), peak_bytes(traced), kind, length)
+    return Variant(lambda: session.run(fetches, feed), peak_bytes(traced.step_stats.dev_stats), kind, length)
 
 
 def report(variants: Sequence[Variant]) -> str:

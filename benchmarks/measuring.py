@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,12 @@ def describe_machine(others: float) -> str:
     return f"{memory:.0f} GB, {num_cores()} cores of {platform.machine()}, {others:.2f} of them busy elsewhere"
 
 
-def held_bytes(traced: Any) -> list[tuple[int, int]]:
-    """(microseconds since the first one, bytes held from then on): what a traced run (tf.RunMetadata) allocated and
-    gave back. What it found allocated, such as variables, does not count."""
+def held_bytes(devices: Iterable[Any]) -> list[tuple[int, int]]:
+    """(microseconds since the first one, bytes held from then on): what a run allocated and gave back on `devices`, of
+    the `step_stats.dev_stats` of its tf.RunMetadata. What it found allocated, such as variables, does not count."""
     changes = sorted(
         (record.alloc_micros, record.alloc_bytes)
-        for device in traced.step_stats.dev_stats
+        for device in devices
         for node in device.node_stats
         for used in node.memory
         for record in used.allocation_records
@@ -45,9 +45,9 @@ def held_bytes(traced: Any) -> list[tuple[int, int]]:
     return found
 
 
-def peak_bytes(traced: Any) -> int:
-    """The most that a traced run held at a time."""
-    return max((held for _, held in held_bytes(traced)), default=0)
+def peak_bytes(devices: Iterable[Any]) -> int:
+    """The most that a run held at a time, of held_bytes."""
+    return max((held for _, held in held_bytes(devices)), default=0)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def make_way(name: str, sizes: Sizes, settings: dict[str, Any]) -> Way:
     loss = step(tokens)
     traced = tf.RunMetadata()
     step(tokens, options=tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), run_metadata=traced)
-    held = held_bytes(traced)
+    held = held_bytes(traced.step_stats.dev_stats)
     return Way(lambda: step(tokens), max(number for _, number in held), name, loss, held)
 
 

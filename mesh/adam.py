@@ -1,7 +1,8 @@
 """Adam's update of a weight and its two slots as one operation.
 
-On local devices it is TensorFlow's fused kernel, which reads and writes each of the three once, in place. Written out,
-an update takes a dozen passes, each with a result of the weight's size. A TPU has it written out: XLA joins the passes.
+On local devices it is TensorFlow's fused kernel, which reads and writes all three in place, after one pass for the
+weight's decay if any. Written out, an update takes a dozen passes, each with a result of the weight's size. A TPU has
+it written out: XLA joins the passes.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import tensorflow.compat.v1 as tf
 from mesh_tensorflow.ops import assign_slice
-from mesh_tensorflow.placement_mesh_impl import PlacementMeshImpl
+from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
 
 from mesh import mtf
 
@@ -39,7 +40,9 @@ class AdamSettings:
         self, w: tf.Variable, m: tf.Variable, v: tf.Variable, gradient: tf.Tensor, rate: tf.Tensor
     ) -> tf.Operation:
         """Update the three."""
-        decayed = [w.assign_sub(rate * self.decay * w.read_value(), read_value=False)] if self.decay else []
+        # the decay depends on no gradient: left to itself it may come before the step has read the weight
+        with tf.control_dependencies([gradient]):
+            decayed = [w.assign_sub(rate * self.decay * w.read_value(), read_value=False)] if self.decay else []
         with tf.control_dependencies(decayed):
             # with powers of 0 the kernel corrects no bias
             return tf.raw_ops.ResourceApplyAdam(
@@ -67,6 +70,7 @@ class AdamUpdate(mtf.Operation):
     ):
         super().__init__([*(variable.value for variable in variables), gradient, rate], name="adam")
         assert all(x.shape == gradient.shape and x.dtype == tf.float32 for x in self.inputs[:-1]), self.inputs
+        assert all(variable.slice_dtype == tf.float32 for variable in variables), variables
         self.variables = tuple(variables)
         self.settings = settings
         self._outputs: list[mtf.Tensor] = []
@@ -76,15 +80,15 @@ class AdamUpdate(mtf.Operation):
         mesh_impl = lowering.mesh_impl(self)
         variables = [lowering.variables[variable] for variable in self.variables]
         *old, gradient, rate = (lowering.tensors[x].to_laid_out_tensor() for x in self.inputs)
-        if isinstance(mesh_impl, PlacementMeshImpl):
-            slices = [variable.laid_out_tensor.all_slices for variable in variables]
-            updates = mtf.parallel(
-                mesh_impl.devices, self.settings.in_place, *slices, gradient.all_slices, rate.all_slices
-            )
-        else:
+        if isinstance(mesh_impl, SimdMeshImpl):
             values = mesh_impl.slicewise(self.settings.new_values, *old, gradient, rate)
             updates = [
                 variable.assign_to_slices(assign_slice, value.all_slices)
                 for variable, value in zip(variables, values, strict=True)
             ]
+        else:
+            slices = [variable.laid_out_tensor.all_slices for variable in variables]
+            updates = mtf.parallel(
+                mesh_impl.devices, self.settings.in_place, *slices, gradient.all_slices, rate.all_slices
+            )
         lowering.operations[self] = tf.group(updates)

@@ -5,6 +5,7 @@ computed at the start and waits. A tensor is freed once all its readers are done
 last one takes its place. Both are followed here, operation by operation.
 """
 
+import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,11 +89,29 @@ class Dataflow:
         if not axes:
             return self._values[tensor]
         if tensor not in self._summed:
-            node, output = self._values[tensor]
-            shape, size = self.nodes[node].part.shapes[output], self.nodes[node].part.sizes[output]
-            part = Part("AllReduce", None, (), (shape,), (size,), (shape,), 0, Collective("all-reduce", axes))
-            self._summed[tensor] = (self._add_node(tensor.name, part, ((node, output),)), 0)
+            value = self._values[tensor]
+            shape = self.nodes[value[0]].part.shapes[value[1]]
+            travels_as = self.lowering.mesh_impl.summed_as(tensor.dtype, axes)
+            if travels_as != tensor.dtype:
+                value = self._add_simple("Cast", tensor, shape, travels_as, value)
+            value = self._add_simple("AllReduce", tensor, shape, travels_as, value, Collective("all-reduce", axes))
+            if travels_as != tensor.dtype:
+                value = self._add_simple("Cast", tensor, shape, tensor.dtype, value)
+            self._summed[tensor] = value
         return self._summed[tensor]
+
+    def _add_simple(
+        self,
+        kind: str,
+        tensor: mtf.Tensor,
+        shape: tuple[int, ...],
+        dtype: tf.DType,
+        value: Value,
+        collective: Collective | None = None,
+    ) -> Value:
+        """A part with one input and an output of the same shape."""
+        part = Part(kind, None, (), (shape,), (math.prod(shape) * dtype.size,), (shape,), 0, collective)
+        return self._add_node(tensor.name, part, (value,)), 0
 
     def holders(self, tensor: mtf.Tensor) -> set[int]:
         """The nodes whose memory is `tensor`, or what it is summed up in."""
@@ -121,7 +140,7 @@ class Dataflow:
 
     def _add_node(self, name: str, part: Part, inputs: tuple[Value, ...]) -> int:
         """The number of the node; TensorFlow computes what is alike only once."""
-        key = (part.kind, part.like, inputs)
+        key = (part.kind, part.like, part.collective, self._runs, inputs)
         if part.like is not None and key in self._alike:
             return self._alike[key]
         constant = part.kind in (CONSTANT, RANGE, "Const") or (
@@ -189,23 +208,33 @@ class _Memory:
         self.peak = 0
         self._readers = Counter(value for node in nodes.values() if not node.resident for value in node.inputs)
 
-    def run(self, number: int) -> None:
-        """Run a node: its outputs are there, and then what it was the last to read is not."""
+    def begin(self, number: int) -> None:
+        """Make room for the outputs of a node."""
         node = self.nodes[number]
-        inputs = [buffer for value in node.inputs if (buffer := self.buffers.get(value)) is not None]
+        inputs = self._inputs(number)
         for output, size in enumerate(node.part.sizes):
             buffer = self._place(number, node, output, size, inputs)
             if buffer is not None:
                 self.buffers[number, output] = buffer
                 self.reads[buffer] += self._readers[number, output]
-        # a processor that communicates holds what it sends and what it receives beside the result
-        self.peak = max(self.peak, self.live + (node.part.sizes[0] if node.part.collective else 0))
-        for buffer in inputs:
+        self.peak = max(self.peak, self.live + self._sent(number))
+
+    def end(self, number: int) -> None:
+        """Give back what the node was the last to read, and those of its outputs that nobody reads."""
+        for buffer in self._inputs(number):
             self.reads[buffer] -= 1
             self._free(buffer)
-        for output in range(len(node.part.sizes)):
+        for output in range(len(self.nodes[number].part.sizes)):
             if (number, output) in self.buffers:
                 self._free(self.buffers[number, output])
+
+    def _inputs(self, number: int) -> list[int]:
+        return [buffer for value in self.nodes[number].inputs if (buffer := self.buffers.get(value)) is not None]
+
+    def _sent(self, number: int) -> int:
+        """Bytes: a processor that communicates holds what it sends and what it receives beside the result."""
+        part = self.nodes[number].part
+        return part.sizes[0] if part.collective else 0
 
     def _place(self, number: int, node: Node, output: int, size: int, inputs: list[int]) -> int | None:
         part = node.part
@@ -231,12 +260,13 @@ class _Memory:
             self.live -= self.sizes[buffer]
             self.reads[buffer] = -1
 
-    def holds(self) -> dict[int, int]:
-        """{node: bytes} of what is live."""
+    def holds(self, running: int) -> dict[int, int]:
+        """{node: bytes} of what is live while a node runs."""
         held: dict[int, int] = defaultdict(int)
         for owner, size, reads in zip(self.owners, self.sizes, self.reads, strict=True):
-            if reads > 0:
+            if reads >= 0:
                 held[owner] += size
+        held[running] += self._sent(running)
         return dict(held)
 
 
@@ -250,13 +280,16 @@ def peak_memory(nodes: dict[int, Node], eager: bool = True) -> Peak:
     memory, moment = _Memory(nodes), 0
     for index, number in enumerate(order):
         before = memory.peak
-        memory.run(number)
+        memory.begin(number)
+        memory.end(number)
         if memory.peak > before:
             moment = index
     peak, memory = memory.peak, _Memory(nodes)
-    for number in order[: moment + 1]:
-        memory.run(number)
-    return Peak(peak, memory.holds())
+    for number in order[:moment]:
+        memory.begin(number)
+        memory.end(number)
+    memory.begin(order[moment])
+    return Peak(peak, memory.holds(order[moment]))
 
 
 def _as_inputs_arrive(nodes: dict[int, Node]) -> Iterator[int]:

@@ -35,7 +35,8 @@ class _LayerNorm(mtf.Operation):
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor]:
         x, gain, *bias = self.inputs
-        return list(_LayerNormGradient(x, gain, *self.outputs[1:], grad_ys[0], bool(bias)).outputs)
+        _, mean, inverse = self.outputs
+        return list(_LayerNormGradient(x, gain, mean, inverse, grad_ys[0], bool(bias)).outputs)
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl, epsilon = lowering.mesh_impl(self), self._epsilon
@@ -65,9 +66,16 @@ class _LayerNorm(mtf.Operation):
 class _LayerNormGradient(mtf.Operation):
     """Inputs: x, gain, mean, 1 / deviation, d. Outputs: the gradients of x, of the gain, and of the bias if any."""
 
-    def __init__(self, x: mtf.Tensor, gain: mtf.Tensor, *others: mtf.Tensor | bool):
-        *tensors, with_bias = others
-        super().__init__([x, gain, *tensors], name="layer_norm_gradient")
+    def __init__(
+        self,
+        x: mtf.Tensor,
+        gain: mtf.Tensor,
+        mean: mtf.Tensor,
+        inverse: mtf.Tensor,
+        gradient: mtf.Tensor,
+        with_bias: bool,
+    ):
+        super().__init__([x, gain, mean, inverse, gradient], name="layer_norm_gradient")
         outputs = [x, gain, *([gain] if with_bias else [])]
         self._outputs = [mtf.Tensor(self, of.shape, of.dtype, index=i) for i, of in enumerate(outputs)]
         self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
@@ -82,7 +90,7 @@ class _LayerNormGradient(mtf.Operation):
         *rows, width = self.inputs[0].shape.dims
         per_width = bool(self.inputs[1].shape.dims)
 
-        def standardized(x_: tf.Tensor, mean_: tf.Tensor, inverse_: tf.Tensor, d_: tf.Tensor) -> tuple:
+        def standardized(x_: tf.Tensor, mean_: tf.Tensor, inverse_: tf.Tensor, d_: tf.Tensor) -> tuple[tf.Tensor, ...]:
             x_hat = _centred(x_, mean_) * inverse_[..., tf.newaxis]
             d_ = tf.cast(d_, tf.float32)
             return x_hat, d_, x_hat * d_

@@ -101,7 +101,7 @@ def check_devices(mesh: MeshLayout, num_devices: int, what: str) -> None:
     shape = mesh.mesh_shape or "(empty)"
     first = next(iter(mesh.axes), "x")
     fitting = f"{first}:{num_devices}"
-    others = f"use a TPU of {mesh.size} cores" if "TPU" in what else f"name {mesh.size} devices with --gpu_ids"
+    others = f"use a TPU of {mesh.size}" if "TPU" in what else f"name {mesh.size} devices with --gpu_ids"
     raise UserError(
         f"mesh_shape {shape!r} has {mesh.size} processors but there {'is' if num_devices == 1 else 'are'} "
         f"{num_devices} {what}; use a mesh whose sizes multiply to {num_devices}, e.g. --mesh_shape {fitting} "

@@ -24,6 +24,7 @@ from mesh.parts import CONSTANT, FEATURE, RANGE, VARIABLE, Collective, Part, Sou
 # What tells one operation from another and yet not what it costs.
 _IRRELEVANT = {"_name", "_mesh", "_inputs", "_outputs", "_splittable_dims", "_unsplittable_dims", "_variables"}
 _IRRELEVANT |= {"_salt", "_scalar", "_forward_operations"}
+_LARGEST_BFLOAT16_SUM = 8  # processors: SimdMeshImpl's allreduce_in_bfloat16_max_group_size
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,21 @@ class OneSlice(mtf.MeshImpl):
         x = x.to_laid_out_tensor()
         return x if self.ways(mesh_axes) == 1 else self._note("all-reduce", mesh_axes, x.tensor_list[0])
 
-    def allconcat(self, x: Any, mesh_axis: int, concat_axis: int, stack: bool = False) -> Any:
-        pieces = x.to_laid_out_tensor().tensor_list * self.ways([mesh_axis])
-        gathered = tf.stack(pieces, concat_axis) if stack else tf.concat(pieces, concat_axis)
-        return _Slice(gathered) if len(pieces) == 1 else self._note(self._gathering, [mesh_axis], gathered)
+    def summed_as(self, dtype: tf.DType, axes: Sequence[int]) -> tf.DType:
+        """The type in which numbers of `dtype` travel to be summed over `axes`."""
+        del axes
+        return dtype
 
-    _gathering = "all-gather"
+    def pieces(self, x: Any, mesh_axis: int, concat_axis: int, stack: bool) -> _Slice:
+        """As many of `x` as there are processors along the axis, put together."""
+        pieces = x.to_laid_out_tensor().tensor_list * self.ways([mesh_axis])
+        return _Slice(tf.stack(pieces, concat_axis) if stack else tf.concat(pieces, concat_axis))
+
+    def allconcat(self, x: Any, mesh_axis: int, concat_axis: int, stack: bool = False) -> Any:
+        gathered = self.pieces(x, mesh_axis, concat_axis, stack)
+        if self.ways([mesh_axis]) == 1:
+            return gathered
+        return self._note("all-gather", [mesh_axis], gathered.tensor_list[0])
 
     def alltoall(self, x: Any, mesh_axis: int, split_axis: int, concat_axis: int) -> Any:
         x = x.to_laid_out_tensor()
@@ -117,12 +127,37 @@ class OneSlice(mtf.MeshImpl):
 
 
 class OneCore(OneSlice, SimdMeshImpl):
-    """The same of a TPU, where operations may be lowered otherwise, and gathering is a sum of what is mostly zeros."""
-
-    _gathering = "all-reduce"
+    """The same of a TPU, where operations may be lowered otherwise, and SimdMeshImpl communicates in its own ways."""
 
     def __init__(self, mesh_shape: str, layout: str):
         OneSlice.__init__(self, mesh_shape, layout)
+
+    def summed_as(self, dtype: tf.DType, axes: Sequence[int]) -> tf.DType:
+        """Sums of many bfloat16 numbers travel as float32."""
+        return tf.float32 if dtype == tf.bfloat16 and self.ways(axes) > _LARGEST_BFLOAT16_SUM else dtype
+
+    def allreduce(self, x: Any, mesh_axes: Sequence[int], reduction_fn_string: str) -> Any:
+        x = x.to_laid_out_tensor()
+        if reduction_fn_string == "SUM":
+            (tensor,) = x.tensor_list
+            summed = super().allreduce(
+                _Slice(tf.cast(tensor, self.summed_as(tensor.dtype, mesh_axes))), mesh_axes, "SUM"
+            )
+            return _Slice(tf.cast(summed.tensor_list[0], tensor.dtype))
+        for axis in mesh_axes:
+            x = self.allconcat(x, axis, 0, stack=True)
+            x = _Slice(mtf_ops.reduction_fn(reduction_fn_string)(x.tensor_list[0], 0))
+        return x
+
+    def allconcat(self, x: Any, mesh_axis: int, concat_axis: int, stack: bool = False) -> Any:
+        """A sum of what is mostly zeros."""
+        return self.allreduce(self.pieces(x, mesh_axis, concat_axis, stack), [mesh_axis], "SUM")
+
+    def alltoall(self, x: Any, mesh_axis: int, split_axis: int, concat_axis: int) -> Any:
+        (tensor,) = x.to_laid_out_tensor().tensor_list
+        sent = _Slice(tf.cast(tensor, tf.bfloat16 if tensor.dtype == tf.float32 else tensor.dtype))
+        (received,) = super().alltoall(sent, mesh_axis, split_axis, concat_axis).tensor_list
+        return _Slice(tf.cast(received, tensor.dtype))
 
 
 class _OneLowering(mtf.Lowering):
@@ -164,7 +199,15 @@ class SliceLowering:
 
         Raises UserError where the layout does not allow the operation.
         """
-        key = (type(operation), _shapes(operation), tuple(to_sum), _settings(operation), _is_constant(operation))
+        stored = tuple(variable.slice_dtype for variable in getattr(operation, "variables", ()))
+        key = (
+            type(operation),
+            _shapes(operation),
+            stored,
+            tuple(to_sum),
+            _settings(operation),
+            _is_constant(operation),
+        )
         if key not in self._known:
             try:
                 self._known[key] = self._lower(operation, to_sum)
@@ -249,7 +292,9 @@ def _adam(lowering: _OneLowering, operation: AdamUpdate) -> list[tf.Tensor]:
     w, m, v, gradient, rate = (lowering.tensors[x].to_laid_out_tensor().tensor_list[0] for x in operation.inputs)
     if isinstance(lowering.mesh_impl(operation), SimdMeshImpl):
         return list(operation.settings.new_values(w, m, v, gradient, rate))
-    return [tf.nn.l2_loss(gradient), *([tf.nn.l2_loss(rate * w)] if operation.settings.decay else [])]
+    with tf.control_dependencies([gradient]):
+        decay = [tf.nn.l2_loss(rate * w)] if operation.settings.decay else []
+    return [tf.nn.l2_loss(gradient), *decay]
 
 
 def _is_constant(operation: mtf.Operation) -> bool:

@@ -18,6 +18,7 @@ from mesh import mtf
 from mesh.dataflow import Dataflow, Node, Peak, peak_memory, total_flops, traffic
 from mesh.layout import MeshLayout
 from mesh.one_slice import OneCore, OneSlice, SliceLowering
+from mesh.parts import Collective
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def make_plan(step: TrainingGraph, layout: MeshLayout, on_tpu: bool = False) -> 
         gradients_at_peak=sum(size for node, size in peak.holds.items() if node in gradients),
         largest=tuple(_grouped(peak, nodes)),
         flops=total_flops(list(nodes.values())),
-        traffic=tuple(_named(dataflow, layout)),
+        traffic=tuple(_named(traffic(list(nodes.values())), layout)),
     )
 
 
@@ -170,17 +171,17 @@ def _grouped(peak: Peak, nodes: Mapping[int, Node]) -> list[tuple[str, int, int]
     """What holds the memory at the peak, the operations of all layers together, the largest first."""
     groups: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for number, size in peak.holds.items():
-        name = re.sub(r"_\d+(?=/|$|:)", "", re.sub(r"\bh\d+/", "h*/", nodes[number].name))
+        name = re.sub(r"(?<!norm)(?<!rezero)_\d+(?=/|$|:)", "", re.sub(r"\bh\d+/", "h*/", nodes[number].name))
         count, total = groups[name]
         groups[name] = count + 1, total + size
     return sorted(((name, *found) for name, found in groups.items()), key=lambda group: -group[2])
 
 
-def _named(dataflow: Dataflow, layout: MeshLayout) -> list[Traffic]:
-    """The collectives of a step, with the names of their axes."""
+def _named(sizes: Mapping[Collective, int], layout: MeshLayout) -> list[Traffic]:
+    """Collectives of `sizes` {collective: bytes}, with the names of their axes."""
     names = list(layout.axes)
     found = []
-    for collective, size in traffic([node for _, node in dataflow.needed()]).items():
+    for collective, size in sizes.items():
         axes = tuple(names[axis] for axis in collective.axes)
         found.append(Traffic(collective.kind, axes, math.prod(layout.axes[axis] for axis in axes), size))
     return sorted(found, key=lambda t: (t.axes, t.kind))

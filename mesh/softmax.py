@@ -16,9 +16,9 @@ HIDDEN = -1e9  # added to the scores of what may not be seen; exp() of it is 0
 
 
 def masked_softmax(scores: mtf.Tensor, visible: mtf.Tensor | None) -> mtf.Tensor:
-    """Softmax of `scores` [..., keys] over keys, where `visible` [some of the dimensions, ..., keys] bool; else 0.
+    """Softmax of `scores` [..., keys] over keys, where `visible` bool, [the last dimensions, ..., keys]; else 0.
 
-    None stands for all visible. Where nothing is, all keys weigh the same. Any dimension may be split over the mesh.
+    None stands for all visible. At least one key of each row must be. Any dimension may be split over the mesh.
     """
     return _MaskedSoftmax(scores, visible).outputs[0]
 

@@ -32,7 +32,7 @@ def choices_beside(config: ModelConfig, layout: MeshLayout) -> list[ModelConfig]
         for limit in (None, tokens or config.n_ctx):
             choice = config.model_copy(update={"recompute_grad": recompute, "tokens_per_mb_per_replica": limit})
             same = (recompute, limit) == (config.recompute_grad, tokens)
-            choices.setdefault((recompute, num_microbatches(choice, layout)), config if same else choice)
+            choices.setdefault((recompute, num_microbatches(choice, layout)), choice)
             if same:
                 choices[recompute, num_microbatches(choice, layout)] = config
     return list(choices.values())

@@ -188,7 +188,7 @@ def make_report(
       alternatives: whether to plan also with and without microbatches and recomputation.
     """
     sentences = [misfit.sentence for misfit in misfits(layout, sizes_to_split(config), TENSORS)]
-    unfit = {misfit.dim for misfit in misfits(layout, sizes_to_split(config, evaluates=False), TENSORS)}
+    unfit = {misfit.dim for misfit in misfits(layout, sizes_to_split(config, with_evaluation=False), TENSORS)}
     left_out = tuple(f"{dim}:{axis}" for dim, axis in layout.rules.items() if dim in unfit)
     layout = layout.without(unfit)
     if there is not None:

@@ -18,9 +18,9 @@ from planning.sizes import sizes_to_split
 logger = logging.getLogger(__name__)
 
 
-def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]]) -> MeshLayout:
+def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]], on_tpu: bool) -> MeshLayout:
     """The layout that trains `config` in least memory: Mesh-TensorFlow's choice on each of `meshes` {axis: size}, and
-    of these the one whose plan is the smallest. Raises UserError if nothing can be split."""
+    of these the one whose plan, `on_tpu` or not, is the smallest. Raises UserError if nothing can be split."""
     from mesh.auto_layout import least_memory  # here, because the solver takes a second to import and few runs need it
 
     devices = math.prod(meshes[0].values())
@@ -38,7 +38,7 @@ def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]]) -> M
                 config.model_copy(update={"train_batch_size": batch, "tokens_per_mb_per_replica": None}),
                 MeshLayout(axes, {}),
             )
-            layout = least_memory(step, axes, sizes_to_split(config, evaluates=True), TENSORS)
+            layout = least_memory(step, axes, sizes_to_split(config), TENSORS)
             layout = layout.without({dim for dim in layout.rules if layout.ways(dim) == 1})
             logger.info(
                 "mesh %s: %s; searched on a step of %d sequences in all %d layers, %d operations",
@@ -50,7 +50,7 @@ def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]]) -> M
             )
             if layout.rules:
                 try:
-                    total = make_plan(training_graph(config, layout), with_expert_rules(layout)).total
+                    total = make_plan(training_graph(config, layout), with_expert_rules(layout), on_tpu).total
                     found.append((total, layout))
                 except UserError as error:
                     problem = str(error)

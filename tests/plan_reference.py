@@ -11,6 +11,7 @@ import pytest
 import tensorflow.compat.v1 as tf
 from mesh_tensorflow.placement_mesh_impl import PlacementMeshImpl
 
+from benchmarks.measuring import peak_bytes
 from config import ModelConfig
 from mesh import mtf
 from mesh.layout import parse
@@ -93,20 +94,11 @@ def recorded_collectives() -> Iterator[Counter[tuple[str, tuple[int, ...]]]]:
 
 
 def peaks(metadata: tf.RunMetadata) -> list[int]:
-    """The most bytes allocated at once on each device: its records of allocations and releases, played in order."""
-    events: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    """The most bytes allocated at once on each device that allocated any."""
+    parts = defaultdict(list)
     for device in metadata.step_stats.dev_stats:
-        for node in device.node_stats:
-            for memory in node.memory:
-                events[device.device] += [(x.alloc_micros, x.alloc_bytes) for x in memory.allocation_records]
-    found = []
-    for records in events.values():
-        live = most = 0
-        for _, size in sorted(records):  # at one moment, releases come first
-            live += size
-            most = max(most, live)
-        found.append(most)
-    return found
+        parts[device.device].append(device)
+    return [peak for devices in parts.values() if (peak := peak_bytes(devices))]
 
 
 def plan_config(folder: Path, **changes: Any) -> ModelConfig:

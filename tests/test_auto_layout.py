@@ -33,7 +33,7 @@ def test_the_layout_found_needs_least_memory(tmp_path: Path, recompute: bool) ->
     layers = 4 if recompute else 1
     values = {"n_vocab": 257, "n_embd": 128, "n_ctx": 32} if recompute else {"n_vocab": 2048}
     config = plan_config(tmp_path, n_layer=layers, attention_types=[], recompute_grad=recompute, **values)
-    found = search_layout(config, [{"x": 2, "y": 2}])
+    found = search_layout(config, [{"x": 2, "y": 2}], on_tpu=False)
     check_layout(found, layout_sizes(config, {"train_batch_size": 8}), TENSORS)
     others = ("batch:x", "batch:x,heads:y,vocab:y,intermediate_expanded:y", "batch:x,embd:y,memory_length:y")
     assert total(config, found) <= min(total(config, parse("x:2,y:2", other, 4)) for other in others)
@@ -42,9 +42,9 @@ def test_the_layout_found_needs_least_memory(tmp_path: Path, recompute: bool) ->
 def test_nothing_can_be_split(tmp_path: Path) -> None:
     config = plan_config(tmp_path, n_layer=1, attention_types=[])
     with pytest.raises(UserError, match="one device splits nothing; say how many there are with --mesh_shape"):
-        search_layout(config, [{"x": 1}])
+        search_layout(config, [{"x": 1}], on_tpu=False)
     with pytest.raises(UserError, match="no dimension of the model can be split over 11 devices; use fewer"):
-        search_layout(config, [{"x": 11}])
+        search_layout(config, [{"x": 11}], on_tpu=False)
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from mesh import mtf
 from mesh.devices import local_mesh
 from mesh.layout import parse
 from tests.tiny import MtfSession, cpu_devices, tiny_config
-from tests.training_steps import without_rewriting
+from tests.training_steps import train_step, without_rewriting
+from tests.variable_order import Accesses
 
 WARMUP = {"warmup_steps": 10}
 # step -> rate, by hand, for lr 0.001 and train_steps 100; cos(pi / 4) = 0.7071067812, cos(pi / 10) = 0.9510565163,
@@ -257,3 +258,24 @@ def test_adafactor_factors_the_two_largest_dimensions() -> None:
     assert factored(128, 5000) == [1, 0]
     assert factored(128, 128) == [0, 1]
     assert factored(8, 200, 150) == [1, 2]
+
+
+@pytest.mark.parametrize("mesh", [("x:1", ""), ("x:2,y:2", "batch:x,heads:y,vocab:y")])
+@pytest.mark.parametrize("gradient_clipping", [None, 1.0])
+def test_no_update_comes_before_the_step_has_read_the_weight(
+    tmp_path: Path, mesh: tuple[str, str], gradient_clipping: float | None
+) -> None:
+    layout = parse(*mesh, 1)
+    config = tiny_config(tmp_path, weight_decay=0.1, gradient_clipping=gradient_clipping)
+    with tf.Graph().as_default() as tf_graph:
+        graph = mtf.Graph()
+        mtf_mesh, mesh_impl = local_mesh(graph, layout, cpu_devices(layout.size))
+        step = train_step(config)(mtf_mesh)
+        lowering = mtf.Lowering(graph, {mtf_mesh: mesh_impl}, autostack=False)
+        updated = tf.group([lowering.lowered_operation(update) for update in step.updates])
+        nodes = tf.graph_util.extract_sub_graph(tf_graph.as_graph_def(), [updated.name]).node
+    accesses = Accesses(nodes, {node.name: node for node in nodes})
+    weights = {name for name in accesses.writes if "/adam_" not in name}
+    assert len(weights) == len(graph.trainable_variables) * layout.size
+    assert weights <= {name for name, reads in accesses.reads.items() if reads}
+    assert not accesses.unordered()

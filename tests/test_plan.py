@@ -34,11 +34,16 @@ def plan(config: ModelConfig, mesh_shape: str, layout: str, on_tpu: bool = False
     return make_plan(training_graph(config, parsed), with_expert_rules(parsed), on_tpu)
 
 
+def by_kind(plan: Plan) -> dict[str, int]:
+    """{kind of collective: bytes}, over one axis."""
+    return {traffic.kind: traffic.bytes for traffic in plan.traffic}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [
-        (("x:2,y:2", MODEL_PARALLEL), ONE_LAYER),
+        (("x:2,y:2", MODEL_PARALLEL), ONE_LAYER | {"weight_decay": 0.1}),
         (
             ("x:2,y:2", "batch:x,experts:x,heads:y"),
             ONE_LAYER | EXPERTS | {"opt_name": "adafactor", "precision": "bfloat16"},
@@ -94,9 +99,29 @@ def test_what_a_tpu_does_otherwise(tmp_path: Path) -> None:
     local, tpu = (plan(config, *layout, on_tpu) for on_tpu in (False, True))
     assert (tpu.parameters, tpu.slots) == (local.parameters, local.slots)
     assert tpu.flops > local.flops  # rows of the table are looked up by a product
-    gathered, summed = ({t.kind: t.bytes for t in p.traffic} for p in (local, tpu))
+    gathered, summed = (by_kind(p) for p in (local, tpu))
     assert gathered.keys() == {"all-reduce", "all-gather"} and summed.keys() == {"all-reduce"}
-    assert summed["all-reduce"] == sum(gathered.values())
+    highest = 4 * config.n_layer * config.train_batch_size * config.n_head * config.n_ctx  # of scores: gathered there
+    assert summed["all-reduce"] == sum(gathered.values()) + highest
+
+
+def test_types_in_which_a_tpu_sends(tmp_path: Path) -> None:
+    """bfloat16 numbers are summed as float32 where more than 8 are, and experts are sent bfloat16 alone."""
+    config = plan_config(tmp_path, precision="bfloat16", n_head=16, **ONE_LAYER)
+    for ways, times in ((8, 1), (16, 2)):
+        local, tpu = (plan(config, f"x:{ways}", "heads:x,intermediate_expanded:x", on_tpu) for on_tpu in (False, True))
+        assert by_kind(tpu)["all-reduce"] == pytest.approx(times * by_kind(local)["all-reduce"], rel=1e-3)  # + scalars
+    local, tpu = (
+        plan(plan_config(tmp_path, **EXPERTS), "x:2", "batch:x,experts:x", on_tpu) for on_tpu in (False, True)
+    )
+    assert by_kind(tpu)["all-to-all"] == by_kind(local)["all-to-all"] / 2
+    assert by_kind(tpu)["all-reduce"] == by_kind(local)["all-reduce"]
+
+
+def test_what_is_held_at_the_peak_adds_up(tmp_path: Path) -> None:
+    for on_tpu in (False, True):
+        found = plan(plan_config(tmp_path, **ONE_LAYER), "x:2,y:2", MODEL_PARALLEL, on_tpu)
+        assert sum(size for _, _, size in found.largest) == found.peak
 
 
 @pytest.mark.slow

@@ -189,7 +189,8 @@ def test_the_bar_follows_an_evaluation_that_is_one_run(
             def batches(raw: tf.Session) -> None:
                 for done in (1, 2):
                     raw.run(count)
-                    while done not in seen:  # the bar's thread comes by while the run goes on
+                    give_up = time.monotonic() + 60
+                    while done not in seen and time.monotonic() < give_up:  # the bar's thread comes by meanwhile
                         time.sleep(0.01)
                 raw.run([count, finish])
 

@@ -1,7 +1,7 @@
 """The TPU path without a TPU: the whole step is built and lowered for the cores of a made-up topology."""
 
 import types
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mesh.layout import MeshLayout, parse
 from model_fns import ModelFn, Run, make_model_fn
 from sample import Sampling
 from tests.tiny import random_tokens, tiny_config
+from tests.variable_order import Accesses
 from training.hooks import StopOnSignal
 
 # What a config asks for, how it lies on a mesh of one axis, and how on one of two.
@@ -114,38 +115,12 @@ class Lowered:
         handles = (node for node in self.nodes.values() if node.op == "VarHandleOp")
         return {node.name: node for node in handles if "_slice_" not in node.name and node.name != "global_step"}
 
-    def _variable(self, node: tf.NodeDef) -> str:
-        while node.op in ("Identity", "Enter"):
-            node = self.nodes[node.input[0].split(":")[0]]
-        return node.name
-
     def unordered(self) -> list[tuple[str, str]]:
-        """(read, write) of the same variable of which neither waits for the other."""
-        users: dict[str, list[str]] = defaultdict(list)
-        reads: dict[str, list[str]] = defaultdict(list)
-        writes: dict[str, list[str]] = defaultdict(list)
-        for node in self.inside:
-            for source in node.input:
-                users[source.lstrip("^").split(":")[0]].append(node.name)
-            if node.op == "ReadVariableOp":
-                reads[self._variable(self.nodes[node.input[0]])].append(node.name)
-            elif node.op.startswith("Assign"):
-                writes[self._variable(self.nodes[node.input[0]])].append(node.name)
-        assert set(writes) == set(reads) and {len(found) for found in writes.values()} == {1}
-
-        def reached(first: str) -> set[str]:
-            seen, waiting = {first}, [first]
-            while waiting:
-                new = [user for user in users[waiting.pop()] if user not in seen]
-                seen.update(new)
-                waiting += new
-            return seen
-
-        found = []
-        for variable, (write,) in writes.items():
-            after = reached(write)
-            found += [(read, write) for read in reads[variable] if write not in reached(read) and read not in after]
-        return found
+        """(read, write) of the same variable of which neither waits for the other; each is written once."""
+        accesses = Accesses(self.inside, self.nodes)
+        assert set(accesses.writes) == set(accesses.reads)
+        assert {len(found) for found in accesses.writes.values()} == {1}
+        return accesses.unordered()
 
 
 def run_of(directory: Path, model: str, mesh_shape: str) -> Run:

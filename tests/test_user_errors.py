@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import config
 import summarize
 from data import create_tfrecords, gather_python_sources, train_tokenizer
 from errors import UserError
-from tests.record_files import damage, example, write_records, write_serialized
+from tests.mistakes import Case, cut, foreign, records, remove, text
+from tests.record_files import damage
 from tests.workspace import Workspace, save_tokenizer
 from training.failures import explained
 from training.model_dir import warn_of_changes
@@ -25,71 +24,6 @@ SMALL = {"n_layer": 1, "attention_types": []}
 CPU_2 = "--gpu_ids cpu:0 cpu:1"
 SHARD = "model/model.ckpt-2.data-00001-of-00002"
 CHUNKS = [[2] * 9] * 63  # valid records, to be followed by one that is not
-
-
-@dataclass
-class Case:
-    """A command with a mistake in it.
-
-    Attributes:
-      flags: of the command; {dir} is the workspace's folder.
-      says: what standard error must hold.
-      changes: to the config.
-      dataset: changes to its dataset.
-      sampling: stitch and sampling mode.
-      before: prepares the workspace further.
-      trained: whether there is a checkpoint, of step 2.
-      code: exit code.
-      prints: what standard output must hold all the same.
-      main: the command; main.py where None.
-    """
-
-    flags: str
-    says: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
-    sampling: tuple[int, str] = (1, "chunks")
-    before: Callable[[Path], object] = lambda folder: None
-    trained: bool = False
-    code: int = 2
-    prints: str = ""
-    main: Callable[[Sequence[str]], int] | None = None
-
-
-def train_records(folder: Path) -> Path:
-    return folder / "train_0_64.tfrecords"
-
-
-def cut(name: str, part: float) -> Callable[[Path], object]:
-    """Leave only that part of a file."""
-
-    def apply(folder: Path) -> None:
-        path = folder / name
-        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-
-    return apply
-
-
-def text(name: str, content: str) -> Callable[[Path], object]:
-    """Write a file."""
-
-    def apply(folder: Path) -> None:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(content)
-
-    return apply
-
-
-def remove(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
-
-
-def records(*rows: Sequence[int]) -> Callable[[Path], object]:
-    return lambda folder: write_records(train_records(folder), rows)
-
-
-def foreign(folder: Path) -> None:
-    write_serialized(train_records(folder), [example(ids=range(9))])
 
 
 CONFIG = {
