@@ -13,6 +13,7 @@ from mesh_tensorflow.ops import assign_slice
 from mesh_tensorflow.simd_mesh_impl import SimdMeshImpl
 
 from mesh import mtf
+from mesh.operations import SlicedOperation
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class AdamSettings:
             )
 
 
-class AdamUpdate(mtf.Operation):
+class AdamUpdate(SlicedOperation):
     """Updates the variables `w`, `m` and `v` by `gradient`, all float32 and of one shape.
 
     `rate` is a float32 scalar. There are no outputs.
@@ -68,13 +69,11 @@ class AdamUpdate(mtf.Operation):
     def __init__(
         self, variables: Sequence[mtf.Variable], gradient: mtf.Tensor, rate: mtf.Tensor, settings: AdamSettings
     ):
-        super().__init__([*(variable.value for variable in variables), gradient, rate], name="adam")
+        super().__init__([*(variable.value for variable in variables), gradient, rate], [], "adam")
         assert all(x.shape == gradient.shape and x.dtype == tf.float32 for x in self.inputs[:-1]), self.inputs
         assert all(variable.slice_dtype == tf.float32 for variable in variables), variables
         self.variables = tuple(variables)
         self.settings = settings
-        self._outputs: list[mtf.Tensor] = []
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)

@@ -15,6 +15,7 @@ import tensorflow.compat.v1 as tf
 
 from mesh import mtf
 from mesh.operations import (
+    SlicedOperation,
     allreduce,
     gather_rows,
     lazy_allreduce_sum,
@@ -44,22 +45,17 @@ def _flat(slice_: tf.Tensor, trailing: int) -> tf.Tensor:
     return tf.reshape(slice_, [-1, *kept])
 
 
-class _HeadCrossEntropy(mtf.Operation):
+class _HeadCrossEntropy(SlicedOperation):
     """Outputs: cross entropy [...], log_z [...], residual [..., vocab].
 
     The residual is softmax - one_hot where the vocabulary is whole, and softmax alone where it is split over the mesh.
     """
 
     def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, labels: mtf.Tensor, bias: mtf.Tensor | None):
-        inputs = [hidden, table, labels] + ([] if bias is None else [bias])
-        super().__init__(inputs, name="head_cross_entropy")
         self.vocab, self.embd = table.shape.dims
-        self._outputs = [
-            mtf.Tensor(self, labels.shape, tf.float32, index=0),
-            mtf.Tensor(self, labels.shape, tf.float32, index=1),
-            mtf.Tensor(self, labels.shape + self.vocab, hidden.dtype, index=2),
-        ]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        outputs = [(labels.shape, tf.float32), (labels.shape, tf.float32), (labels.shape + self.vocab, hidden.dtype)]
+        inputs = [hidden, table, labels] + ([] if bias is None else [bias])
+        super().__init__(inputs, outputs, "head_cross_entropy")
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
         hidden, table, labels, *bias = self.inputs
@@ -121,22 +117,14 @@ class _HeadCrossEntropy(mtf.Operation):
         return cross_entropy, log_z, residual
 
 
-class _HeadCrossEntropyGradient(mtf.Operation):
+class _HeadCrossEntropyGradient(SlicedOperation):
     """Inputs: hidden, table, labels, residual, dc, dz. Outputs: the gradients of hidden, of table and of a bias."""
 
     def __init__(self, hidden: mtf.Tensor, table: mtf.Tensor, *others: mtf.Tensor):
-        super().__init__([hidden, table, *others], name="head_cross_entropy_gradient")
         self.vocab, self.embd = table.shape.dims
-        self._outputs = [
-            mtf.Tensor(self, hidden.shape, hidden.dtype, index=0),
-            mtf.Tensor(self, table.shape, table.dtype, index=1),
-            mtf.Tensor(self, mtf.Shape([self.vocab]), table.dtype, index=2),
-        ]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self) -> bool:
-        return False
+        bias = mtf.Shape([self.vocab])
+        outputs = [(hidden.shape, hidden.dtype), (table.shape, table.dtype), (bias, table.dtype)]
+        super().__init__([hidden, table, *others], outputs, "head_cross_entropy_gradient")
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)

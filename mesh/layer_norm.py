@@ -10,7 +10,7 @@ import tensorflow.compat.v1 as tf
 
 from mesh import mtf
 from mesh.dense import column_sums, rows_of
-from mesh.operations import allreduce, lazy_allreduce_sum, split_axes
+from mesh.operations import SlicedOperation, allreduce, lazy_allreduce_sum, split_axes
 
 
 def standardize(x: mtf.Tensor, gain: mtf.Tensor, bias: mtf.Tensor | None, epsilon: float) -> mtf.Tensor:
@@ -22,16 +22,14 @@ def standardize(x: mtf.Tensor, gain: mtf.Tensor, bias: mtf.Tensor | None, epsilo
     return _LayerNorm(x, gain, bias, epsilon).outputs[0]
 
 
-class _LayerNorm(mtf.Operation):
+class _LayerNorm(SlicedOperation):
     """Outputs: y [..., width]; mean and 1 / deviation of each row, [...] float32."""
 
     def __init__(self, x: mtf.Tensor, gain: mtf.Tensor, bias: mtf.Tensor | None, epsilon: float):
-        super().__init__([x, gain] if bias is None else [x, gain, bias], name="layer_norm")
-        self._epsilon = epsilon
         rows = mtf.Shape(x.shape.dims[:-1])
-        shapes = [(x.shape, x.dtype), (rows, tf.float32), (rows, tf.float32)]
-        self._outputs = [mtf.Tensor(self, shape, dtype, index=i) for i, (shape, dtype) in enumerate(shapes)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        outputs = [(x.shape, x.dtype), (rows, tf.float32), (rows, tf.float32)]
+        super().__init__([x, gain] if bias is None else [x, gain, bias], outputs, "layer_norm")
+        self._epsilon = epsilon
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor]:
         x, gain, *bias = self.inputs
@@ -63,7 +61,7 @@ class _LayerNorm(mtf.Operation):
             lowering.set_tensor_lowering(output, value)
 
 
-class _LayerNormGradient(mtf.Operation):
+class _LayerNormGradient(SlicedOperation):
     """Inputs: x, gain, mean, 1 / deviation, d. Outputs: the gradients of x, of the gain, and of the bias if any."""
 
     def __init__(
@@ -75,14 +73,8 @@ class _LayerNormGradient(mtf.Operation):
         gradient: mtf.Tensor,
         with_bias: bool,
     ):
-        super().__init__([x, gain, mean, inverse, gradient], name="layer_norm_gradient")
-        outputs = [x, gain, *([gain] if with_bias else [])]
-        self._outputs = [mtf.Tensor(self, of.shape, of.dtype, index=i) for i, of in enumerate(outputs)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self) -> bool:
-        return False
+        outputs = [(of.shape, of.dtype) for of in (x, gain, *([gain] if with_bias else []))]
+        super().__init__([x, gain, mean, inverse, gradient], outputs, "layer_norm_gradient")
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)

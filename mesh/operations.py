@@ -61,7 +61,25 @@ def allreduce(mesh_impl: mtf.MeshImpl, value: Any, dims: Sequence[mtf.Dimension]
     return mesh_impl.allreduce(value, axes, reduction) if axes else value
 
 
-class SlicewiseOperation(mtf.Operation):
+class SlicedOperation(mtf.Operation):
+    """An operation with `outputs` (shape, dtype), of which any dimension may be split over the mesh.
+
+    One that has no `gradient` of its own lets none through.
+    """
+
+    def __init__(self, inputs: Sequence[mtf.Tensor], outputs: Sequence[tuple[mtf.Shape, tf.DType]], name: str):
+        super().__init__(list(inputs), name=name)
+        self._outputs = [
+            mtf.Tensor(self, mtf.convert_to_shape(shape), dtype, index=i) for i, (shape, dtype) in enumerate(outputs)
+        ]
+        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+
+    @property
+    def has_gradient(self) -> bool:
+        return type(self).gradient is not mtf.Operation.gradient and bool(super().has_gradient)
+
+
+class SlicewiseOperation(SlicedOperation):
     """`fn(*input slices, *slice starts)` on every slice, summed over the mesh axes that split `reduced_dims`.
 
     Args:
@@ -86,16 +104,12 @@ class SlicewiseOperation(mtf.Operation):
         tpu_fn: Callable | None = None,
         name: str,
     ):
-        super().__init__(list(inputs), name=name)
+        super().__init__(inputs, outputs, name)
         self._fn = fn
         self._tpu_fn = tpu_fn or fn
         self._reduced_dims = tuple(reduced_dims)
         self._starts_of = tuple(starts_of)
         self._gradient = gradient
-        self._outputs = [
-            mtf.Tensor(self, mtf.convert_to_shape(shape), dtype, index=i) for i, (shape, dtype) in enumerate(outputs)
-        ]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
 
     @property
     def has_gradient(self) -> bool:
@@ -128,11 +142,9 @@ def lazy_allreduce_sum(lowering: mtf.Lowering, output: mtf.Tensor, value: Any, a
     )
 
 
-class _CastVariable(mtf.Operation):
+class _CastVariable(SlicedOperation):
     def __init__(self, x: mtf.Tensor, dtype: tf.DType):
-        super().__init__([x], name="cast_variable")
-        self._outputs = [mtf.Tensor(self, x.shape, dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        super().__init__([x], [(x.shape, dtype)], "cast_variable")
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor]) -> list[mtf.Tensor]:
         return [cast_variable(grad_ys[0], self.inputs[0].dtype)]

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
-from mesh.operations import SlicewiseOperation, slice_start
+from mesh.operations import SlicedOperation, SlicewiseOperation, slice_start
 
 KEY = mtf.Dimension("random_key", 2)  # a key is an int32 mtf.Tensor [random_key]; no layout splits it
 
@@ -62,12 +62,12 @@ def _draw_slice(
     return numbers if drawn == part else tf.slice(numbers, cut, part)
 
 
-class _KeyedUniform(mtf.Operation):
+class _KeyedUniform(SlicedOperation):
     """Shared by the operations that draw: the slice of a uniform [0, 1) draw that belongs to each processor."""
 
-    def __init__(self, inputs: list[mtf.Tensor], shape: mtf.Shape, name: str):
-        super().__init__(inputs, name=name.rsplit("/", 1)[-1])
-        self._drawn_shape = shape
+    def __init__(self, inputs: list[mtf.Tensor], outputs: list[tuple[mtf.Shape, tf.DType]], name: str):
+        super().__init__(inputs, outputs, name.rsplit("/", 1)[-1])
+        self._drawn_shape = self.outputs[0].shape
         self._salt = name_hash(name)
 
     def _draw(self, lowering: mtf.Lowering, fn: Callable, *inputs: mtf.Tensor) -> Any:
@@ -87,9 +87,7 @@ class _KeyedUniform(mtf.Operation):
 
 class _Uniform(_KeyedUniform):
     def __init__(self, key: mtf.Tensor, shape: mtf.Shape, name: str):
-        super().__init__([key], shape, name)
-        self._outputs = [mtf.Tensor(self, shape, tf.float32)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        super().__init__([key], [(shape, tf.float32)], name)
 
     def lower(self, lowering: mtf.Lowering) -> None:
         lowering.set_tensor_lowering(self.outputs[0], self._draw(lowering, tf.identity))
@@ -104,14 +102,8 @@ class _Dropout(_KeyedUniform):
     """Outputs: the thinned tensor, and which entries were kept (bool, a byte each, for the gradient)."""
 
     def __init__(self, x: mtf.Tensor, key: mtf.Tensor, rate: float, name: str):
-        super().__init__([x, key], x.shape, name)
+        super().__init__([x, key], [(x.shape, x.dtype), (x.shape, tf.bool)], name)
         self._rate = rate
-        self._outputs = [mtf.Tensor(self, x.shape, x.dtype, index=0), mtf.Tensor(self, x.shape, tf.bool, index=1)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self) -> bool:
-        return True
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
         x = self.inputs[0]

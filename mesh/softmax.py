@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
-from mesh.operations import allreduce, split_axes
+from mesh.operations import SlicedOperation, allreduce, split_axes
 
 HIDDEN = -1e9  # added to the scores of what may not be seen; exp() of it is 0
 
@@ -23,12 +23,11 @@ def masked_softmax(scores: mtf.Tensor, visible: mtf.Tensor | None) -> mtf.Tensor
     return _MaskedSoftmax(scores, visible).outputs[0]
 
 
-class _MaskedSoftmax(mtf.Operation):
+class _MaskedSoftmax(SlicedOperation):
     def __init__(self, scores: mtf.Tensor, visible: mtf.Tensor | None):
-        super().__init__([scores] if visible is None else [scores, visible], name="masked_softmax")
         assert visible is None or scores.shape.dims[-visible.shape.ndims :] == visible.shape.dims, visible
-        self._outputs = [mtf.Tensor(self, scores.shape, scores.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
+        inputs = [scores] if visible is None else [scores, visible]
+        super().__init__(inputs, [(scores.shape, scores.dtype)], "masked_softmax")
 
     def gradient(self, grad_ys: Sequence[mtf.Tensor]) -> list[mtf.Tensor | None]:
         return [_SoftmaxGradient(self.outputs[0], grad_ys[0]).outputs[0], *[None] * (len(self.inputs) - 1)]
@@ -53,17 +52,11 @@ class _MaskedSoftmax(mtf.Operation):
         lowering.set_tensor_lowering(self.outputs[0], mesh_impl.slicewise(tf.divide, weights, total))
 
 
-class _SoftmaxGradient(mtf.Operation):
+class _SoftmaxGradient(SlicedOperation):
     """Inputs: the softmax p and the gradient d of it."""
 
     def __init__(self, softmax: mtf.Tensor, gradient: mtf.Tensor):
-        super().__init__([softmax, gradient], name="masked_softmax_gradient")
-        self._outputs = [mtf.Tensor(self, softmax.shape, softmax.dtype)]
-        self._splittable_dims, self._unsplittable_dims = self._initialize_all_dimensions_as_splittable()
-
-    @property
-    def has_gradient(self) -> bool:
-        return False
+        super().__init__([softmax, gradient], [(softmax.shape, softmax.dtype)], "masked_softmax_gradient")
 
     def lower(self, lowering: mtf.Lowering) -> None:
         mesh_impl = lowering.mesh_impl(self)
