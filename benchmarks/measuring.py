@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,14 @@ def held_bytes(devices: Iterable[Any]) -> list[tuple[int, int]]:
 def peak_bytes(devices: Iterable[Any]) -> int:
     """The most that a run held at a time, of held_bytes."""
     return max((held for _, held in held_bytes(devices)), default=0)
+
+
+def device_peaks(devices: Iterable[Any]) -> list[int]:
+    """The same for each device that allocated anything."""
+    parts = defaultdict(list)
+    for device in devices:
+        parts[device.device].append(device)
+    return [peak for part in parts.values() if (peak := peak_bytes(part))]
 
 
 @dataclass

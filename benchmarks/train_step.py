@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.measuring import busy_seconds, describe_machine, num_cores
+from config import ModelConfig, make_model_config
 
 LR, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 6e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 SGEMM_SIZE, SGEMM_REPEATS = 2048, 4
@@ -54,24 +55,8 @@ class Sizes:
         return 3 * 2 * self.tokens * (weights + scores)
 
 
-def mtf_step(sizes: Sizes, **settings: Any) -> StepFn:
-    """A step of this project's model on one CPU device; `settings` are further keys of its config.
-
-    What the step gets besides the tokens goes to Session.run.
-    """
-    from main import prepare_tensorflow
-
-    prepare_tensorflow()
-    import tensorflow.compat.v1 as tf
-
-    from config import make_model_config
-    from mesh import mtf
-    from mesh.devices import local_devices
-    from mesh.layout import parse
-    from model_fns import Run, train_spec
-    from sample import Sampling
-    from training.hooks import StopOnSignal
-
+def mtf_config(sizes: Sizes, **settings: Any) -> ModelConfig:
+    """The config of the model that is measured; `settings` are further keys."""
     values = {
         "n_layer": sizes.layers,
         "n_embd": sizes.width,
@@ -90,8 +75,30 @@ def mtf_step(sizes: Sizes, **settings: Any) -> StepFn:
         "no_dataset": True,
         **settings,
     }
-    devices = local_devices(["cpu:0"])
-    run = Run(make_model_config(values, "benchmark"), parse("x:1", "", 1), devices, 1, 0, Sampling(), StopOnSignal())
+    return make_model_config(values, "benchmark")
+
+
+def mtf_step(sizes: Sizes, **settings: Any) -> StepFn:
+    """A step of this project's model, on one CPU device or as many as the mesh_shape of `settings` has.
+
+    What the step gets besides the tokens goes to Session.run.
+    """
+    from main import prepare_tensorflow
+
+    prepare_tensorflow()
+    import tensorflow.compat.v1 as tf
+
+    from mesh import mtf
+    from mesh.devices import local_devices
+    from mesh.layout import parse
+    from model_fns import Run, train_spec
+    from sample import Sampling
+    from training.hooks import StopOnSignal
+
+    config = mtf_config(sizes, **settings)
+    layout = parse(config.mesh_shape, config.layout, 1)
+    devices = local_devices([f"cpu:{i}" for i in range(layout.size)])
+    run = Run(config, layout, devices, 1, 0, Sampling(), StopOnSignal())
     shape = [sizes.batch, sizes.context]
     with tf.Graph().as_default() as graph:
         features = {name: tf.placeholder(tf.int32, shape, name) for name in ("inputs", "labels")}

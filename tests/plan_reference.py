@@ -1,7 +1,7 @@
 """A real training step on CPU devices, watched: what its variables take, what it communicates and what it allocates."""
 
 import contextlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 import tensorflow.compat.v1 as tf
 from mesh_tensorflow.placement_mesh_impl import PlacementMeshImpl
 
-from benchmarks.measuring import peak_bytes
+from benchmarks.measuring import device_peaks
 from config import ModelConfig
 from mesh import mtf
 from mesh.layout import parse
@@ -56,7 +56,7 @@ def run_step(config: ModelConfig, mesh_shape: str, layout: str) -> Step:
             options = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
             session.run([spec.loss, spec.train_op], options=options, run_metadata=metadata)
         parameters, slots = variable_bytes(graph, "_slice_0" if parsed.size > 1 else "")
-    return Step(parameters, slots, dict(traffic), peaks(metadata))
+    return Step(parameters, slots, dict(traffic), device_peaks(metadata.step_stats.dev_stats))
 
 
 def variable_bytes(graph: tf.Graph, suffix: str) -> tuple[int, int]:
@@ -91,14 +91,6 @@ def recorded_collectives() -> Iterator[Counter[tuple[str, tuple[int, ...]]]]:
         for name, kind in kinds.items():
             patch.setattr(PlacementMeshImpl, name, watched(kind, getattr(PlacementMeshImpl, name)))
         yield found
-
-
-def peaks(metadata: tf.RunMetadata) -> list[int]:
-    """The most bytes allocated at once on each device that allocated any."""
-    parts = defaultdict(list)
-    for device in metadata.step_stats.dev_stats:
-        parts[device.device].append(device)
-    return [peak for devices in parts.values() if (peak := peak_bytes(devices))]
 
 
 def plan_config(folder: Path, **changes: Any) -> ModelConfig:

@@ -56,3 +56,17 @@ def test_the_memory_of_a_step_is_measured(tmp_path: Path) -> None:
     assert both["peak, MB"] < recomputed["peak, MB"] < 0.8 * whole["peak, MB"]  # 0.60
     assert all(row["loss"] == pytest.approx(whole["loss"], abs=1e-5) for row in table.values())
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_meshes_are_measured() -> None:
+    command = [sys.executable, "-m", "benchmarks.meshes", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows[2:]] == ["x:1", "x:4", "x:4", "x:2,y:2", "x:2,y:2"]
+    table = [dict(zip(rows[0][2:], map(float, row[2:]), strict=True)) for row in rows[2:]]
+    for row in table:
+        assert row["peak of the real step, MB"] == pytest.approx(row["peak planned, MB"], rel=0.2)
+        assert row["loss"] == pytest.approx(table[0]["loss"], abs=1e-5)
+        assert (row["to send, MB"] > 0) == (row is not table[0])
