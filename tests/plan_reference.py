@@ -1,6 +1,7 @@
 """A real training step on CPU devices, watched: what its variables take, what it communicates and what it allocates."""
 
 import contextlib
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from sample import Sampling
 from tests.tiny import cpu_devices, random_tokens, tiny_config
 from training.hooks import StopOnSignal
 
+STEPS = 9
+
 
 @dataclass(frozen=True)
 class Step:
@@ -28,17 +31,18 @@ class Step:
     Attributes:
       parameters, slots: bytes of the first device's slices.
       traffic: {(kind, axes): bytes of what arrives on each device}.
-      peaks: for each device, the most bytes that were allocated at once.
+      peaks: for each device, the most bytes that were allocated at once: the median of several steps, since it is
+        partly chance what TensorFlow's threads do first.
     """
 
     parameters: int
     slots: int
     traffic: dict[tuple[str, tuple[int, ...]], int]
-    peaks: list[int]
+    peaks: list[float]
 
 
 def run_step(config: ModelConfig, mesh_shape: str, layout: str) -> Step:
-    """Run the first training step of `config` on CPU devices."""
+    """Run training steps of `config` on CPU devices."""
     parsed = parse(mesh_shape, layout, 1)
     devices = cpu_devices(parsed.size)
     run = Run(config, parsed, devices, 1, 0, Sampling(), StopOnSignal())
@@ -49,14 +53,17 @@ def run_step(config: ModelConfig, mesh_shape: str, layout: str) -> Step:
             spec = train_spec(run, features, {"batch_size": config.train_batch_size})
         restore = next(hook for hook in spec.training_hooks if isinstance(hook, mtf.MtfRestoreHook))
         restore.begin()
-        metadata = tf.RunMetadata()
         with tf.Session(config=devices.session_config()) as session:
             session.run(tf.global_variables_initializer())
             restore.after_create_session(session, None)
             options = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
-            session.run([spec.loss, spec.train_op], options=options, run_metadata=metadata)
+            found = []
+            for _ in range(STEPS):
+                metadata = tf.RunMetadata()
+                session.run([spec.loss, spec.train_op], options=options, run_metadata=metadata)
+                found.append(device_peaks(metadata.step_stats.dev_stats))
         parameters, slots = variable_bytes(graph, "_slice_0" if parsed.size > 1 else "")
-    return Step(parameters, slots, dict(traffic), device_peaks(metadata.step_stats.dev_stats))
+    return Step(parameters, slots, dict(traffic), [statistics.median(peaks) for peaks in zip(*found, strict=True)])
 
 
 def variable_bytes(graph: tf.Graph, suffix: str) -> tuple[int, int]:
