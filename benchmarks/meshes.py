@@ -1,8 +1,8 @@
 """Plans of one model on several meshes beside real steps of it: python -m benchmarks.meshes (--quick for a look).
 
-Every mesh is made of logical CPU devices of this machine. A step is planned as --plan does, and then the second step is
+Every mesh is made of logical CPU devices of this machine. A step is planned as --plan does, and then some steps are
 watched: what a device holds at most, of what the step allocates, is TensorFlow's own account, and the median of all
-devices is taken, because they share this machine's cores and get on at different speeds. docs/meshes.md has the table.
+devices and steps is taken, as it is partly chance what threads do first. docs/meshes.md has the table.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from benchmarks.train_step import Sizes, mtf_config, mtf_step
 
 SIZES = Sizes(layers=4, width=256, heads=8, context=256, batch=16, vocabulary=8192)
 QUICK_SIZES = Sizes(layers=1, width=64, heads=4, context=64, batch=8, vocabulary=256)
+STEPS = 3  # that are watched
 BY_HEADS = "heads:{0},intermediate_expanded:{0},vocab:{0}"
 MESHES = (
     ("x:1", ""),
@@ -44,9 +45,12 @@ def row(sizes: Sizes, mesh_shape: str, layout: str) -> str:
     parsed = parse(mesh_shape, layout, 1)
     plan = make_plan(training_graph(mtf_config(sizes, **keys), parsed), parsed)
     tokens = np.random.default_rng(0).integers(0, sizes.vocabulary, [sizes.batch, sizes.context + 1], dtype=np.int32)
-    loss, traced = step(tokens), tf.RunMetadata()
-    step(tokens, options=tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), run_metadata=traced)
-    real = statistics.median(device_peaks(traced.step_stats.dev_stats))
+    loss, peaks = step(tokens), []
+    for _ in range(STEPS):
+        traced = tf.RunMetadata()
+        step(tokens, options=tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), run_metadata=traced)
+        peaks += device_peaks(traced.step_stats.dev_stats)
+    real = statistics.median(peaks)
     numbers = (plan.parameters + plan.slots, plan.peak, real, plan.sent)
     cells = [mesh_shape, layout or "nothing split", *(f"{number / 1e6:.1f}" for number in numbers), f"{loss:.5f}"]
     return f"| {' | '.join(cells)} |"
