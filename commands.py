@@ -56,8 +56,7 @@ def plan(args: argparse.Namespace, config: ModelConfig) -> int:
 
 
 def _print_plan(args: argparse.Namespace, config: ModelConfig, there: tuple[int, str] | None) -> int:
-    count = there[0] if there else len(local_devices(None).names)  # what counts where the config has no mesh
-    layout = parse(config.mesh_shape, config.layout, count)
+    layout = parse(config.mesh_shape, config.layout, _num_planned(config, there))
     report = make_report(config, layout, None if args.device is None else hardware(args.device), there)
     print(report.text())
     return 1 if report.problems else 0
@@ -66,8 +65,7 @@ def _print_plan(args: argparse.Namespace, config: ModelConfig, there: tuple[int,
 def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print the layout of least memory as a config has it, and the mesh if that is asked for; with --plan its plan."""
     there = _devices_planned(args)
-    size = parse(config.mesh_shape, None, 1).size if config.mesh_shape else len(local_devices(None).names)
-    count, what = there or (size, "devices")
+    count, what = there or (_num_planned(config, there), "devices")
     meshes = list(mesh_shapes(count))
     if args.auto_layout:
         mesh = parse(config.mesh_shape or f"x:{count}", None, count)
@@ -83,6 +81,13 @@ def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
     return _print_plan(
         args, config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}), there
     )
+
+
+def _num_planned(config: ModelConfig, there: tuple[int, str] | None) -> int:
+    """How many devices the flags name, or else the config's mesh has, or else this machine."""
+    if there:
+        return there[0]
+    return parse(config.mesh_shape, None, 1).size if config.mesh_shape else len(local_devices(None).names)
 
 
 def _devices_planned(args: argparse.Namespace) -> tuple[int, str] | None:

@@ -66,6 +66,11 @@ def make_parser(
         "--download_tasks", action="store_true", help="download what eval_tasks read, where it is not there"
     )
 
+    _add_sampling(parser)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--prompt", metavar="FILE", help="text to continue; a line '---' separates several prompts")
     sampling.add_argument("--prompt_per_line", action="store_true", help="every line of the file is a prompt")
@@ -79,7 +84,6 @@ def make_parser(
     sampling.add_argument(
         "--entmax_sampling", action="store_true", help="draw with entmax's probabilities instead of softmax's"
     )
-    return parser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

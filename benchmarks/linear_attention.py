@@ -11,10 +11,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
-from benchmarks.measuring import Measured, describe_machine, in_turn, peak_bytes
+from benchmarks.measuring import Measured, describe_machine, in_turn, peak_bytes, traced_devices
 
 KINDS = ("linear", "global")
 LENGTHS, QUICK_LENGTHS = (512, 1024, 2048, 4096), (64, 128)
@@ -62,9 +63,8 @@ def make_variant(kind: str, length: int) -> Variant:
     session = tf.Session(graph=tf_graph, config=devices.session_config())
     feed = {tensor: random.normal(size=tensor.shape).astype(np.float32) for tensor in fed.values()}
     session.run(fetches, feed)
-    traced = tf.RunMetadata()
-    session.run(fetches, feed, tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), traced)
-    return Variant(lambda: session.run(fetches, feed), peak_bytes(traced.step_stats.dev_stats), kind, length)
+    run = partial(session.run, fetches, feed)
+    return Variant(run, peak_bytes(traced_devices(run)), kind, length)
 
 
 def report(variants: Sequence[Variant]) -> str:

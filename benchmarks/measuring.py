@@ -29,9 +29,18 @@ def describe_machine(others: float) -> str:
     return f"{memory:.0f} GB, {num_cores()} cores of {platform.machine()}, {others:.2f} of them busy elsewhere"
 
 
+def traced_devices(run: Callable[..., Any]) -> Iterable[Any]:
+    """What each device did in `run`, which passes what it gets on to Session.run: `step_stats.dev_stats`."""
+    import tensorflow.compat.v1 as tf
+
+    traced = tf.RunMetadata()
+    run(options=tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), run_metadata=traced)
+    return list(traced.step_stats.dev_stats)
+
+
 def held_bytes(devices: Iterable[Any]) -> list[tuple[int, int]]:
     """(microseconds since the first one, bytes held from then on): what a run allocated and gave back on `devices`, of
-    the `step_stats.dev_stats` of its tf.RunMetadata. What it found allocated, such as variables, does not count."""
+    traced_devices. What it found allocated, such as variables, does not count."""
     changes = sorted(
         (record.alloc_micros, record.alloc_bytes)
         for device in devices

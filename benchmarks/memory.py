@@ -12,12 +12,13 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.measuring import Measured, describe_machine, held_bytes, in_turn
+from benchmarks.measuring import Measured, describe_machine, held_bytes, in_turn, traced_devices
 from benchmarks.train_step import Sizes, mtf_step
 
 SIZES = Sizes(layers=8, width=256, heads=8, context=512, batch=8, vocabulary=8192)
@@ -47,14 +48,10 @@ class Way(Measured):
 
 def make_way(name: str, sizes: Sizes, settings: dict[str, Any]) -> Way:
     """Build the graph on one CPU device, run it once to plan its memory, and once more to take account of it."""
-    import tensorflow.compat.v1 as tf
-
     tokens = np.random.default_rng(0).integers(0, sizes.vocabulary, [sizes.batch, sizes.context + 1], dtype=np.int32)
     step = mtf_step(sizes, **settings)
     loss = step(tokens)
-    traced = tf.RunMetadata()
-    step(tokens, options=tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), run_metadata=traced)
-    held = held_bytes(traced.step_stats.dev_stats)
+    held = held_bytes(traced_devices(partial(step, tokens)))
     return Way(lambda: step(tokens), max(number for _, number in held), name, loss, held)
 
 

@@ -8,11 +8,12 @@ devices and steps is taken, as it is partly chance what threads do first. docs/m
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.measuring import device_peaks
+from benchmarks.measuring import device_peaks, traced_devices
 from benchmarks.train_step import Sizes, mtf_config, mtf_step
 
 SIZES = Sizes(layers=4, width=256, heads=8, context=256, batch=16, vocabulary=8192)
@@ -36,20 +37,14 @@ def row(sizes: Sizes, mesh_shape: str, layout: str) -> str:
     """Plan a step and take it."""
     keys = {"mesh_shape": mesh_shape, "layout": layout}
     step = mtf_step(sizes, **keys)
-    import tensorflow.compat.v1 as tf
-
     from mesh.layout import parse
-    from mesh.plan import make_plan
-    from model_fns import training_graph
+    from planning.training_plan import plan_training
 
-    parsed = parse(mesh_shape, layout, 1)
-    plan = make_plan(training_graph(mtf_config(sizes, **keys), parsed), parsed)
+    plan = plan_training(mtf_config(sizes, **keys), parse(mesh_shape, layout, 1))
     tokens = np.random.default_rng(0).integers(0, sizes.vocabulary, [sizes.batch, sizes.context + 1], dtype=np.int32)
     loss, peaks = step(tokens), []
     for _ in range(STEPS):
-        traced = tf.RunMetadata()
-        step(tokens, options=tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE), run_metadata=traced)
-        peaks += device_peaks(traced.step_stats.dev_stats)
+        peaks += device_peaks(traced_devices(partial(step, tokens)))
     real = statistics.median(peaks)
     numbers = (plan.parameters + plan.slots, plan.peak, real, plan.sent)
     cells = [mesh_shape, layout or "nothing split", *(f"{number / 1e6:.1f}" for number in numbers), f"{loss:.5f}"]

@@ -1,4 +1,4 @@
-"""The plan of a config in words."""
+"""What --plan finds, and the words in which it says so."""
 
 import json
 from collections.abc import Iterator
@@ -8,15 +8,15 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from errors import UserError
-from mesh.experts import with_expert_rules
 from mesh.hardware import GIB, Hardware
 from mesh.layout import MeshLayout, check_devices, misfits
-from mesh.plan import Plan, make_plan
-from model_fns import num_microbatches, training_graph
+from mesh.plan import Plan
+from model_fns import num_microbatches
 from models.dims import TENSORS
 from planning.advice import barely, idle, too_large, whole_everywhere
 from planning.alternatives import Alternative, choices_beside
 from planning.sizes import sizes_to_split
+from planning.training_plan import plan_training
 from planning.units import in_units
 
 _LARGEST_SHOWN = 8
@@ -131,8 +131,30 @@ class Report:
             )
         return [*lines, f"arithmetic of each device in a step: {self.plan.flops:.3e} FLOPs"]
 
+    def _comparison(self) -> Iterator[str]:
+        hardware = self.hardware
+        if hardware is None:
+            return
+        rate, plan = hardware.flops[self.config.precision], self.plan
+        share = plan.total / hardware.memory
+        yield (
+            f"{hardware.name}: {hardware.memory / GIB:.0f} GiB, {rate / 1e12:.1f} TFLOP/s and "
+            f"{hardware.link / 1e9:.0f} GB/s for each device ({hardware.source})"
+        )
+        yield f"  memory: {in_units(plan.total)} of {in_units(hardware.memory)}, {share:.0%}"
+        if hardware.is_tpu:
+            yield (
+                "  XLA joins operations on a TPU, so much of the activations may never be in memory: take them as a "
+                "bound"
+            )
+        computing, sending = self.seconds_of_arithmetic, self.seconds_of_communication
+        yield (
+            f"  a step takes {self.seconds:.3g} s at best: {computing:.3g} s of arithmetic, {sending:.3g} s of "
+            f"communication; {self.config.tokens_per_batch / self.seconds:,.0f} tokens/s"
+        )
+
     def _verdict(self) -> list[str]:
-        lines = [*_comparison(self)]
+        lines = [*self._comparison()]
         lines += [f"problem: {problem}" for problem in self.problems] + [f"advice: {advice}" for advice in self.advice]
         return [*lines, f"verdict: {self._conclusion()}"]
 
@@ -147,26 +169,6 @@ class Report:
 
 def _kept(config: ModelConfig) -> str:
     return "recomputed" if config.recompute_grad else "kept"
-
-
-def _comparison(report: Report) -> Iterator[str]:
-    hardware = report.hardware
-    if hardware is None:
-        return
-    rate, plan = hardware.flops[report.config.precision], report.plan
-    share = plan.total / hardware.memory
-    yield (
-        f"{hardware.name}: {hardware.memory / GIB:.0f} GiB, {rate / 1e12:.1f} TFLOP/s and {hardware.link / 1e9:.0f} "
-        f"GB/s for each device ({hardware.source})"
-    )
-    yield f"  memory: {in_units(plan.total)} of {in_units(hardware.memory)}, {share:.0%}"
-    if hardware.is_tpu:
-        yield "  XLA joins operations on a TPU, so much of the activations may never be in memory: take them as a bound"
-    computing, sending = report.seconds_of_arithmetic, report.seconds_of_communication
-    yield (
-        f"  a step takes {report.seconds:.3g} s at best: {computing:.3g} s of arithmetic, {sending:.3g} s of "
-        f"communication; {report.config.tokens_per_batch / report.seconds:,.0f} tokens/s"
-    )
 
 
 def make_report(
@@ -200,7 +202,7 @@ def make_report(
     on_tpu = hardware is not None and hardware.is_tpu
     found = []
     for choice in tqdm(choices, desc=f"planning {config.name}", unit="plan", leave=False, disable=len(choices) == 1):
-        plan = make_plan(training_graph(choice, layout), with_expert_rules(layout), on_tpu)
+        plan = plan_training(choice, layout, on_tpu)
         found.append(Alternative(choice, num_microbatches(choice, layout), plan))
     plan = next(other.plan for other in found if other.config is config)
     advice: list[str] = []

@@ -8,12 +8,11 @@ from tqdm import tqdm
 
 from config import ModelConfig
 from errors import UserError
-from mesh.experts import with_expert_rules
 from mesh.layout import MeshLayout
-from mesh.plan import make_plan
 from model_fns import num_microbatches, training_graph
 from models.dims import TENSORS
 from planning.sizes import sizes_to_split
+from planning.training_plan import plan_training
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +49,7 @@ def search_layout(config: ModelConfig, meshes: Sequence[Mapping[str, int]], on_t
             )
             if layout.rules:
                 try:
-                    total = make_plan(training_graph(config, layout), with_expert_rules(layout), on_tpu).total
-                    found.append((total, layout))
+                    found.append((plan_training(config, layout, on_tpu).total, layout))
                 except UserError as error:
                     problem = str(error)
     if not found:

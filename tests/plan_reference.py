@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tensorflow.compat.v1 as tf
 from mesh_tensorflow.placement_mesh_impl import PlacementMeshImpl
 
-from benchmarks.measuring import device_peaks
+from benchmarks.measuring import device_peaks, traced_devices
 from config import ModelConfig
 from mesh import mtf
 from mesh.layout import parse
@@ -56,12 +57,9 @@ def run_step(config: ModelConfig, mesh_shape: str, layout: str) -> Step:
         with tf.Session(config=devices.session_config()) as session:
             session.run(tf.global_variables_initializer())
             restore.after_create_session(session, None)
-            options = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
             found = []
             for _ in range(STEPS):
-                metadata = tf.RunMetadata()
-                session.run([spec.loss, spec.train_op], options=options, run_metadata=metadata)
-                found.append(device_peaks(metadata.step_stats.dev_stats))
+                found.append(device_peaks(traced_devices(partial(session.run, [spec.loss, spec.train_op]))))
         parameters, slots = variable_bytes(graph, "_slice_0" if parsed.size > 1 else "")
     return Step(parameters, slots, dict(traffic), [statistics.median(peaks) for peaks in zip(*found, strict=True)])
 

@@ -12,13 +12,12 @@ import main
 from benchmarks.plans import DOCUMENT, PLANNED, row, rows_written
 from config import ModelConfig
 from errors import UserError
-from mesh.experts import with_expert_rules
 from mesh.hardware import GIB, GPUS, hardware
 from mesh.layout import MeshLayout, parse
-from mesh.plan import Plan, make_plan
-from model_fns import training_graph
+from mesh.plan import Plan
 from planning.advice import too_large
 from planning.report import make_report
+from planning.training_plan import plan_training
 from tests.config_values import make
 from tests.plan_reference import plan_config, run_step
 from tests.tiny import tiny_config
@@ -30,8 +29,7 @@ EXPERTS = ONE_LAYER | {"moe_layers": [0], "moe_params": {"moe_num_experts": 4, "
 
 
 def plan(config: ModelConfig, mesh_shape: str, layout: str, on_tpu: bool = False) -> Plan:
-    parsed = parse(mesh_shape, layout, 1)
-    return make_plan(training_graph(config, parsed), with_expert_rules(parsed), on_tpu)
+    return plan_training(config, parse(mesh_shape, layout, 1), on_tpu)
 
 
 def by_kind(plan: Plan) -> dict[str, int]:
