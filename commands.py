@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 import tensorflow.compat.v1 as tf
 
@@ -20,13 +19,13 @@ from config import ModelConfig
 from data.encoders import Encoder, SpecialIds, special_ids
 from errors import UserError
 from input_pipeline.samples import write_samples
-from mesh.devices import LocalDevices, device_names, local_devices, tpu_resolver
-from mesh.hardware import hardware
+from mesh.devices import LocalDevices, Resolver, local_devices, num_tpu_cores, tpu_resolver
 from mesh.layout import MeshLayout, check_devices, check_layout, mesh_shapes, parse
 from model_fns import Run, make_model_fn
 from models.dims import TENSORS, layout_sizes
 from planning.report import make_report
 from planning.search import search_layout
+from planning.target import Target, target
 from sample import Sampling
 from training.checkpoints import latest_step, newest_checkpoint
 from training.failures import explained
@@ -35,8 +34,6 @@ from training.model_dir import KeepConfig, delete_model, make_model_dir, warn_of
 from training.tpu_hooks import OneRunBar
 
 logger = logging.getLogger(__name__)
-
-Resolver: TypeAlias = tf.distribute.cluster_resolver.TPUClusterResolver
 
 
 def check_dataset(args: argparse.Namespace, config: ModelConfig) -> int:
@@ -52,61 +49,31 @@ def check_dataset(args: argparse.Namespace, config: ModelConfig) -> int:
 
 def plan(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print what training `config` costs each device; 1 if it cannot be trained so. Needs neither devices nor data."""
-    return _print_plan(args, config, _devices_planned(args))
+    return _print_plan(config, target(args))
 
 
-def _print_plan(args: argparse.Namespace, config: ModelConfig, there: tuple[int, str] | None) -> int:
-    layout = parse(config.mesh_shape, config.layout, _num_planned(config, there))
-    report = make_report(config, layout, None if args.device is None else hardware(args.device), there)
+def _print_plan(config: ModelConfig, devices: Target) -> int:
+    report = make_report(config, parse(config.mesh_shape, config.layout, devices.num_devices(config)), devices)
     print(report.text())
     return 1 if report.problems else 0
 
 
 def auto_layout(args: argparse.Namespace, config: ModelConfig) -> int:
     """Print the layout of least memory as a config has it, and the mesh if that is asked for; with --plan its plan."""
-    there = _devices_planned(args)
-    count, what = there or (_num_planned(config, there), "devices")
+    devices = target(args)
+    count = devices.num_devices(config)
     meshes = list(mesh_shapes(count))
     if args.auto_layout:
         mesh = parse(config.mesh_shape or f"x:{count}", None, count)
-        check_devices(mesh, count, what)
+        check_devices(mesh, count, devices.what)
         meshes = [dict(mesh.axes)]
-    on_tpu = bool(args.tpu) or (args.device is not None and hardware(args.device).is_tpu)
-    layout = search_layout(config, meshes, on_tpu)
+    layout = search_layout(config, meshes, devices.on_tpu)
     lines = [f'"mesh_shape": "{layout.mesh_shape}",'] if args.auto_layout_and_mesh_shape else []
     print("\n".join([*lines, f'"layout": "{layout.layout}"']))
     if not args.plan:
         return 0
     print()
-    return _print_plan(
-        args, config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}), there
-    )
-
-
-def _num_planned(config: ModelConfig, there: tuple[int, str] | None) -> int:
-    """How many devices the flags name, or else the config's mesh has, or else this machine."""
-    if there:
-        return there[0]
-    return parse(config.mesh_shape, None, 1).size if config.mesh_shape else len(local_devices(None).names)
-
-
-def _devices_planned(args: argparse.Namespace) -> tuple[int, str] | None:
-    """How many devices the flags name, whether they are there or not, and what messages call them."""
-    device = None if args.device is None else hardware(args.device)
-    named = device_names(args.gpu_ids) if args.gpu_ids else ()
-    if device is not None and device.count is not None:
-        if named:
-            raise UserError(
-                f"--gpu_ids names {len(named)} device{'s' * (len(named) > 1)} and --device {device.name!r} is a TPU of "
-                f"{device.count}; give one of them"
-            )
-        return device.count, f"TPU devices in {device.name}"
-    if args.tpu:
-        try:
-            return _num_tpu_cores(args.tpu, tpu_resolver(args.tpu)), "TPU cores"
-        except UserError as error:
-            raise UserError(f"{error}; for a TPU that is not there, leave --tpu out and use --device v3-8") from error
-    return (len(named), "devices named") if named else None
+    return _print_plan(config.model_copy(update={"mesh_shape": layout.mesh_shape, "layout": layout.layout}), devices)
 
 
 @dataclass(frozen=True)
@@ -185,7 +152,7 @@ def prepare(args: argparse.Namespace, config: ModelConfig, stop: StopOnSignal, b
     resolver = tpu_resolver(args.tpu) if args.tpu else None
     devices = None if resolver else local_devices(args.gpu_ids)
     if resolver is not None:
-        count, what = _num_tpu_cores(args.tpu, resolver), "TPU cores"
+        count, what = num_tpu_cores(args.tpu, resolver), "TPU cores"
     else:
         assert devices is not None
         count = len(devices.names)
@@ -194,18 +161,6 @@ def prepare(args: argparse.Namespace, config: ModelConfig, stop: StopOnSignal, b
     check_devices(layout, count, what)
     check_layout(layout, layout_sizes(config, {key: getattr(config, key) for key in batch_keys}), TENSORS)
     return Job(args, config, special_ids(config), layout, devices, resolver, stop)
-
-
-def _num_tpu_cores(name: str, resolver: Resolver) -> int:
-    try:
-        cores = resolver.num_accelerators()["TPU"] * max(1, resolver.cluster_spec().num_tasks("worker"))
-    except Exception as error:  # whatever gRPC raises
-        raise UserError(
-            f"--tpu {name!r} does not tell its cores ({type(error).__name__}); check that the node is READY"
-        ) from error
-    if not cores:
-        raise UserError(f"--tpu {name!r} has no TPU cores; give the name of a TPU node or its grpc:// address")
-    return int(cores)
 
 
 def train(args: argparse.Namespace, config: ModelConfig) -> int:

@@ -14,6 +14,7 @@ from mesh.devices import use_graph_mode
 from mesh.hardware import hardware
 from mesh.layout import parse
 from planning.report import make_report
+from planning.target import Target
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "meshes.md"
 # config: what it is planned for
@@ -41,7 +42,7 @@ def row(name: str) -> str:
     """The line of a config: GB on each device, and seconds."""
     config = load_model_config(name)
     layout, device = parse(config.mesh_shape, config.layout, 1), hardware(PLANNED[name])
-    report = make_report(config, layout, device, alternatives=False)
+    report = make_report(config, layout, Target.of(device), alternatives=False)
     plan = report.plan
     sizes = (plan.parameters, plan.slots, plan.gradients, plan.activations, plan.total)
     cells = [f"`{name}`", layout.mesh_shape, layout.layout, *(f"{size / 1e9:.2f}" for size in sizes)]

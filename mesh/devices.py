@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc  # type: ignore[import-untyped]
 import tensorflow.compat.v1 as tf
@@ -17,6 +17,8 @@ from tensorflow import Variable  # the class of all variables, where compat.v1's
 from errors import UserError
 from mesh import mtf
 from mesh.layout import MeshLayout
+
+Resolver: TypeAlias = tf.distribute.cluster_resolver.TPUClusterResolver
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def _why_no_gpu() -> str:
     return "this TensorFlow is built for CPUs alone (requirements-gpu.txt names the one for GPUs)"
 
 
-def tpu_resolver(name: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
+def tpu_resolver(name: str) -> Resolver:
     """The cluster behind `--tpu`; "colab" finds the TPU of a Colab notebook. Raises UserError when it cannot be had,
     within a minute: TensorFlow itself would wait for ever for an address where nobody answers."""
     target = name
@@ -112,6 +114,19 @@ def tpu_resolver(name: str) -> tf.distribute.cluster_resolver.TPUClusterResolver
     for worker in workers:
         _require_answer(name, worker)
     return resolver
+
+
+def num_tpu_cores(name: str, resolver: Resolver) -> int:
+    """Cores of the TPU that `--tpu` names, on all its hosts. Raises UserError where it has none or does not tell."""
+    try:
+        cores = resolver.num_accelerators()["TPU"] * max(1, resolver.cluster_spec().num_tasks("worker"))
+    except Exception as error:  # whatever gRPC raises
+        raise UserError(
+            f"--tpu {name!r} does not tell its cores ({type(error).__name__}); check that the node is READY"
+        ) from error
+    if not cores:
+        raise UserError(f"--tpu {name!r} has no TPU cores; give the name of a TPU node or its grpc:// address")
+    return int(cores)
 
 
 def _require_answer(name: str, address: str) -> None:

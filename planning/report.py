@@ -16,6 +16,7 @@ from models.dims import TENSORS
 from planning.advice import barely, idle, too_large, whole_everywhere
 from planning.alternatives import Alternative, choices_beside
 from planning.sizes import sizes_to_split
+from planning.target import ANY, Target
 from planning.training_plan import plan_training
 from planning.units import in_units
 
@@ -174,8 +175,7 @@ def _kept(config: ModelConfig) -> str:
 def make_report(
     config: ModelConfig,
     layout: MeshLayout,
-    hardware: Hardware | None = None,
-    there: tuple[int, str] | None = None,
+    devices: Target = ANY,
     *,
     alternatives: bool = True,
 ) -> Report:
@@ -185,24 +185,22 @@ def make_report(
 
     Args:
       config, layout: what to plan.
-      hardware: what to compare with.
-      there: how many devices there are, and what messages call them; None for as many as the mesh wants.
+      devices: what to plan for.
       alternatives: whether to plan also with and without microbatches and recomputation.
     """
     sentences = [misfit.sentence for misfit in misfits(layout, sizes_to_split(config), TENSORS)]
     unfit = {misfit.dim for misfit in misfits(layout, sizes_to_split(config, with_evaluation=False), TENSORS)}
     left_out = tuple(f"{dim}:{axis}" for dim, axis in layout.rules.items() if dim in unfit)
     layout = layout.without(unfit)
-    if there is not None:
+    if devices.count is not None:
         try:
-            check_devices(layout, *there)
+            check_devices(layout, devices.count, devices.what)
         except UserError as error:
             sentences.append(str(error))
     choices = choices_beside(config, layout) if alternatives else [config]
-    on_tpu = hardware is not None and hardware.is_tpu
-    found = []
+    hardware, found = devices.hardware, []
     for choice in tqdm(choices, desc=f"planning {config.name}", unit="plan", leave=False, disable=len(choices) == 1):
-        plan = plan_training(choice, layout, on_tpu)
+        plan = plan_training(choice, layout, devices.on_tpu)
         found.append(Alternative(choice, num_microbatches(choice, layout), plan))
     plan = next(other.plan for other in found if other.config is config)
     advice: list[str] = []

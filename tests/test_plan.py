@@ -17,6 +17,7 @@ from mesh.layout import MeshLayout, parse
 from mesh.plan import Plan
 from planning.advice import too_large
 from planning.report import make_report
+from planning.target import Target
 from planning.training_plan import plan_training
 from tests.config_values import make
 from tests.plan_reference import plan_config, run_step
@@ -133,7 +134,7 @@ def test_models_larger_than_any_device(layers: int, width: int, heads: int, bill
         **values, attention_types=[], train_batch_size=1536, recompute_grad=True, tokens_per_mb_per_replica=2048
     )
     layout = parse("x:64,y:32", "batch:x,heads:y,intermediate_expanded:y", 1)
-    report = make_report(config, layout, hardware("a100-80"), None, alternatives=False)
+    report = make_report(config, layout, Target.of(hardware("a100-80")), alternatives=False)
     found = report.plan
     parameters = sum(math.prod(weight.shape.values()) for weight in found.weights)
     assert parameters == pytest.approx(billions * 1e9, rel=1e-3)
@@ -163,7 +164,7 @@ def test_commands_of_the_document(capsys: pytest.CaptureFixture[str]) -> None:
 def test_misfits_are_findings(tmp_path: Path) -> None:
     config = plan_config(tmp_path, n_head=4, n_vocab=257)
     layout = parse("x:2,y:8", "batch:x,heads:y,vocab:y,embd:x,head:y", 1)
-    report = make_report(config, layout, hardware("v3-8"), (8, "TPU devices in v3-8"), alternatives=False)
+    report = make_report(config, layout, Target.of(hardware("v3-8")), alternatives=False)
     assert report.layout.rules == {"batch": "x"}
     for sentence, part in zip(
         report.problems,
@@ -252,7 +253,10 @@ def test_hardware() -> None:
 
 def test_time_at_best(tmp_path: Path) -> None:
     report = make_report(
-        tiny_config(tmp_path), MeshLayout({"x": 2}, {"batch": "x"}), hardware("a100-40"), alternatives=False
+        tiny_config(tmp_path),
+        MeshLayout({"x": 2}, {"batch": "x"}),
+        Target.of(hardware("a100-40")),
+        alternatives=False,
     )
     seconds = report.plan.flops / 156e12, report.plan.traffic[0].sent / 300e9
     assert (
