@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from config import ModelConfig
 from mesh.layout import MeshLayout
 from mesh.plan import Plan
-from model_fns import num_microbatches
+from training.step import num_microbatches
 
 
 @dataclass(frozen=True)

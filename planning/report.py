@@ -11,7 +11,6 @@ from errors import UserError
 from mesh.hardware import GIB, Hardware
 from mesh.layout import MeshLayout, check_devices, misfits
 from mesh.plan import Plan
-from model_fns import num_microbatches
 from models.dims import TENSORS
 from planning.advice import barely, idle, too_large, whole_everywhere
 from planning.alternatives import Alternative, choices_beside
@@ -19,6 +18,7 @@ from planning.sizes import sizes_to_split
 from planning.target import ANY, Target
 from planning.training_plan import plan_training
 from planning.units import in_units
+from training.step import num_microbatches
 
 _LARGEST_SHOWN = 8
 

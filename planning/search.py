@@ -9,10 +9,10 @@ from tqdm import tqdm
 from config import ModelConfig
 from errors import UserError
 from mesh.layout import MeshLayout
-from model_fns import num_microbatches, training_graph
 from models.dims import TENSORS
 from planning.sizes import sizes_to_split
 from planning.training_plan import plan_training
+from training.step import num_microbatches, training_graph
 
 logger = logging.getLogger(__name__)
 

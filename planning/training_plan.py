@@ -4,7 +4,7 @@ from config import ModelConfig
 from mesh.experts import with_expert_rules
 from mesh.layout import MeshLayout
 from mesh.plan import Plan, make_plan
-from model_fns import training_graph
+from training.step import training_graph
 
 
 def plan_training(config: ModelConfig, layout: MeshLayout, on_tpu: bool = False) -> Plan:

@@ -19,7 +19,7 @@ from mesh import mtf
 from mesh.layout import parse
 from model_fns import Run, train_spec
 from sample import Sampling
-from tests.tiny import cpu_devices, random_tokens, tiny_config
+from tests.tiny import cpu_devices, tiny_config, training_features
 from training.hooks import StopOnSignal
 
 STEPS = 9
@@ -47,11 +47,9 @@ def run_step(config: ModelConfig, mesh_shape: str, layout: str) -> Step:
     parsed = parse(mesh_shape, layout, 1)
     devices = cpu_devices(parsed.size)
     run = Run(config, parsed, devices, 1, 0, Sampling(), StopOnSignal())
-    tokens = random_tokens(config.train_batch_size, config.n_ctx + 1, vocab=config.n_vocab)
     with tf.Graph().as_default() as graph:
-        features = {"inputs": tf.constant(tokens[:, :-1]), "labels": tf.constant(tokens[:, 1:])}
         with recorded_collectives() as traffic:
-            spec = train_spec(run, features, {"batch_size": config.train_batch_size})
+            spec = train_spec(run, training_features(config), {"batch_size": config.train_batch_size})
         restore = next(hook for hook in spec.training_hooks if isinstance(hook, mtf.MtfRestoreHook))
         restore.begin()
         with tf.Session(config=devices.session_config()) as session:

@@ -11,7 +11,7 @@ from input_pipeline.masking import NOT_SCORED
 from mesh import mtf
 from mesh.layout import parse
 from mesh.randomness import fold_in, make_key
-from model_fns import Run, num_microbatches, train_spec
+from model_fns import Run, train_spec
 from models import gpt
 from models.context import Context
 from models.dims import make_dims
@@ -19,6 +19,7 @@ from sample import Sampling
 from tests.tiny import MtfSession, cpu_devices, random_tokens, tiny_config
 from training.checkpoints import CheckpointHook
 from training.hooks import StopOnSignal
+from training.step import num_microbatches
 
 BATCH = 4
 TOKENS = random_tokens(BATCH, 9)

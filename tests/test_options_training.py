@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
-import model_fns
 from config import ModelConfig
 from mesh import mtf
 from mesh.layout import parse
 from mesh.randomness import fold_in, make_key
-from model_fns import Run
+from model_fns import Run, evaluate_spec, train_spec
 from sample import Sampling
 from tests.test_options import OPTIONS, option_config, some_weights
 from tests.tiny import cpu_devices, random_tokens
 from training.checkpoints import CheckpointHook, newest_checkpoint
 from training.hooks import StopOnSignal
+from training.step import mean_gradients, num_microbatches
 
 ROWS, COUNT = 4, 2  # sequences in a batch, and into how many microbatches it is cut
 DEVICES = cpu_devices(1)
@@ -79,7 +79,7 @@ def train(config: ModelConfig) -> Trained:
     """Two steps of the Estimator's training graph and hooks, and a checkpoint."""
     with tf.Graph().as_default():
         features = {name: tf.constant(value) for name, value in tokens_of(config).items()}
-        spec = model_fns.train_spec(run_of(config), features, {"batch_size": ROWS})
+        spec = train_spec(run_of(config), features, {"batch_size": ROWS})
         hooks = {type(hook): hook for hook in spec.training_hooks}
         restore, save = hooks[mtf.MtfRestoreHook], hooks[CheckpointHook]
         restore.begin()
@@ -108,13 +108,13 @@ def one_by_one(config: ModelConfig, weights: Values) -> tuple[float, Values]:
     tokens = tokens_of(config)
     with tf.Graph().as_default():
         run = run_of(config.model_copy(update={"train_batch_size": ROWS // COUNT}))
-        graph = model_fns._Graph(run, {}, ROWS // COUNT)
+        graph = run.graph({}, ROWS // COUNT)
         key = make_key(graph.mesh, config.seed, 0)
         results = []
         for i in range(COUNT):
             batch = graph.import_batch({name: tf.constant(value[i::COUNT]) for name, value in tokens.items()})
             of_batch = fold_in(key, mtf.constant(graph.mesh, i, dtype=tf.int32))
-            gradients, losses = model_fns._gradients(graph, batch, of_batch)
+            gradients, losses = mean_gradients(graph, batch, of_batch)
             by_name = {v.name: g for v, g in zip(graph.graph.trainable_variables, gradients, strict=True)}
             results.append((losses["loss"], by_name))
         lowering = graph.lower()
@@ -136,7 +136,7 @@ def evaluate(config: ModelConfig, trained: Values) -> list[dict[str, np.ndarray]
     with tf.Graph().as_default():
         features = {name: tf.constant(value) for name, value in tokens.items()}
         features |= {"weights": tf.constant(scored), "label_bytes": tf.constant(scored.astype(np.int32))}
-        spec = model_fns.evaluate_spec(run_of(config), features, {"batch_size": ROWS})
+        spec = evaluate_spec(run_of(config), features, {"batch_size": ROWS})
         [restore] = spec.evaluation_hooks
         restore.begin()
         saver = next(iter(tf.get_collection(tf.GraphKeys.SAVERS)), None) or tf.train.Saver()  # as the Estimator's
@@ -159,7 +159,7 @@ def test_option_is_trained_saved_and_restored(tmp_path: Path, name: str) -> None
     cut = option_config(
         tmp_path, name, **settings(tmp_path), recompute_grad=True, tokens_per_mb_per_replica=ROWS // COUNT * plain.n_ctx
     )
-    assert model_fns.num_microbatches(cut, run_of(cut).layout) == COUNT
+    assert num_microbatches(cut, run_of(cut).layout) == COUNT
 
     trained = train(cut)
     loss, gradients = one_by_one(plain, trained.weights)

@@ -1,7 +1,6 @@
 """The graph that TPUs run gives the numbers that local devices give."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,19 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
-import model_fns
 from config import ModelConfig
 from mesh import mtf
 from mesh.experts import with_expert_rules
 from mesh.layout import parse
+from model_fns import continue_prompts
+from model_graph import ModelGraph
 from models import gpt
 from models.context import Context
 from sample import Sampling
 from tests.simd_emulation import collectives_in, emulated_losses, loops, lower_on_cores, session_on_cores, start
-from tests.tiny import cpu_devices, random_tokens, tiny_config
+from tests.tiny import cpu_devices, tiny_config, training_features
 from tests.training_steps import run_steps, train_step, weights_of
-from training.hooks import StopOnSignal
+from training.step import num_microbatches, training_step
 
 STEPS = 10
 BY_HEADS = "batch:x,heads:y,vocab:y,intermediate_expanded:y"
@@ -56,15 +56,14 @@ def on_devices_and_cores(
     monkeypatch: pytest.MonkeyPatch,
     config: ModelConfig,
     rules: str,
-    build: Callable[[model_fns._Graph], list[mtf.Tensor]],
+    build: Callable[[ModelGraph], list[mtf.Tensor]],
     is_training: bool = False,
 ) -> tuple[Values, list[Values], list[int]]:
     """The values of `build(graph)` on local devices, those on each emulated core, and the collectives of each loop."""
     layout = parse("x:2,y:2", rules, 4)
-    run = model_fns.Run(config, layout, cpu_devices(4), 100, 0, Sampling(), StopOnSignal())
     weights = weights_of(config)
     with tf.Graph().as_default():
-        graph = model_fns._Graph(run, {}, config.train_batch_size, is_training=is_training)
+        graph = ModelGraph(config, layout, cpu_devices(4), config.train_batch_size, is_training=is_training)
         outputs = [mtf.anonymize(output) for output in build(graph)]
 
         def whole(lowering: mtf.Lowering) -> list[tf.Tensor]:
@@ -79,19 +78,14 @@ def on_devices_and_cores(
         return expected, found, [collectives_in(loop) for loop in loops()]
 
 
-def features_of(config: ModelConfig) -> dict[str, tf.Tensor]:
-    tokens = random_tokens(config.train_batch_size, config.n_ctx + 1, vocab=config.n_vocab)
-    return {"inputs": tf.constant(tokens[:, :-1]), "labels": tf.constant(tokens[:, 1:])}
-
-
 @pytest.mark.slow
 def test_cores_add_up_the_gradients_of_microbatches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, rules, _ = CASES["plain, by heads"]
     config = tiny_config(tmp_path, model_path=str(tmp_path / "none"), tokens_per_mb_per_replica=8, **changes)
 
-    def loss_and_norm(graph: model_fns._Graph) -> list[mtf.Tensor]:
-        assert model_fns.num_microbatches(config, graph.run.layout) == 2
-        step = model_fns._training_step(graph, features_of(config), tf.constant(3, tf.int64))
+    def loss_and_norm(graph: ModelGraph) -> list[mtf.Tensor]:
+        assert num_microbatches(config, graph.layout) == 2
+        step = training_step(graph, training_features(config), tf.constant(3, tf.int64))
         return [step.losses["loss"], step.norm]
 
     expected, found, collectives = on_devices_and_cores(monkeypatch, config, rules, loss_and_norm, is_training=True)
@@ -114,8 +108,8 @@ def test_cores_evaluate_and_continue_as_local_devices_do(
     changes, rules, _ = CASES[name]
     config = tiny_config(tmp_path, model_path=str(tmp_path / "none"), **changes)
 
-    def losses_and_continuations(graph: model_fns._Graph) -> list[mtf.Tensor]:
-        features = features_of(config)
+    def losses_and_continuations(graph: ModelGraph) -> list[mtf.Tensor]:
+        features = training_features(config)
         labels = graph.import_batch(features)["labels"]
         prompts = {"prompt_length": tf.constant(PROMPT_LENGTHS), "prompt_number": tf.range(len(PROMPT_LENGTHS))}
 
@@ -124,8 +118,8 @@ def test_cores_evaluate_and_continue_as_local_devices_do(
 
         outputs: list[mtf.Tensor] = []
         for sampling in samplings:
-            graph.run = replace(graph.run, sampling=sampling)
-            outputs += model_fns._continue(graph, features | prompts, losses)  # the loss of each token, tokens, lengths
+            # the loss of each token, tokens, lengths
+            outputs += continue_prompts(graph, features | prompts, losses, sampling, 0)
         return outputs
 
     expected, found, collectives = on_devices_and_cores(monkeypatch, config, rules, losses_and_continuations)

@@ -125,7 +125,7 @@ def test_the_estimator_builds_every_action_for_the_hosts_of_a_tpu(
         )
     assert bar in evaluate.hooks and evaluate.count("InfeedEnqueueTuple") == dict.fromkeys(hosts, CORES // HOSTS)
     outfeed = evaluate.hooks[evaluate.names().index("TPUInfeedOutfeedSessionHook")]
-    assert "batches_done" in {op.name for op in behind(outfeed._dequeue_ops)}  # counted by the host, batch by batch
+    assert "sum_of_batches" in {op.name for op in behind(outfeed._dequeue_ops)}  # counted by the host, batch by batch
 
     prompts = predict_input_fn([[3, 2, 5]], job.predict_batch_size, config.n_ctx, job.special.padding_id)
     predict = opening(lambda: next(job.estimator().predict(prompts)))

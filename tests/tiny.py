@@ -77,3 +77,9 @@ class MtfSession:
 
 def random_tokens(*shape: int, seed: int = 0, vocab: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab, shape, dtype=np.int32)
+
+
+def training_features(config: ModelConfig) -> dict[str, tf.Tensor]:
+    """`inputs` and `labels` [batch, n_ctx] of a batch, the same every time."""
+    tokens = random_tokens(config.train_batch_size, config.n_ctx + 1, vocab=config.n_vocab)
+    return {"inputs": tf.constant(tokens[:, :-1]), "labels": tf.constant(tokens[:, 1:])}

@@ -3,7 +3,7 @@
 import tensorflow.compat.v1 as tf
 
 
-def running_sum(name: str, value: tf.Tensor) -> tuple[tf.Tensor, tf.Operation]:
+def running_sum(name: str, value: tf.Tensor) -> tuple[tf.Variable, tf.Tensor]:
     """A metric (value, update) that adds up `value` over the batches, in float64: float32 loses tokens past 2^24."""
     with tf.device("/cpu:0"):
         total = tf.get_variable(

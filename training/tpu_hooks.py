@@ -11,6 +11,7 @@ from tqdm import tqdm
 from config import ModelConfig
 from mesh import mtf
 from training.hooks import BatchBar, progress_bar
+from training.sums import running_sum
 
 _BATCHES_DONE = "batches_done"  # collection of the graph
 
@@ -83,16 +84,9 @@ class RunProgressHook(tf.train.SessionRunHook):
 
 def count_batches() -> tf.Operation:
     """An operation for each batch of an evaluation to run on the host, where OneRunBar looks at the count."""
-    with tf.device("/cpu:0"):
-        count = tf.get_variable(
-            "batches_done",
-            [],
-            tf.int64,
-            tf.zeros_initializer(),
-            trainable=False,
-            collections=[tf.GraphKeys.LOCAL_VARIABLES, _BATCHES_DONE],
-        )
-        return tf.assign_add(count, 1).op
+    count, update = running_sum("batches", tf.constant(1))
+    tf.add_to_collection(_BATCHES_DONE, count)
+    return update.op
 
 
 class OneRunBar(BatchBar):
