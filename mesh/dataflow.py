@@ -21,8 +21,8 @@ Value = tuple[int, int]  # number of a node, and of its output
 
 # TensorFlow folds what depends on constants alone when it builds the graph, unless the result is larger (bytes).
 _LARGEST_FOLDED = 10 * 1024**2
-# Operations whose output is their first input's memory.
-_ALIASES = {"Identity", "Reshape", "ExpandDims", "Squeeze", "StopGradient", "PreventGradient"}
+# Operations whose outputs are their first inputs' memory, one by one.
+_ALIASES = {"Identity", "IdentityN", "Reshape", "ExpandDims", "Squeeze", "StopGradient", "PreventGradient"}
 # Operations that write over an input of the same shape which nobody else will read.
 _IN_PLACE = {
     *("Add", "AddV2", "AddN", "Sub", "Mul", "Div", "RealDiv", "Maximum", "Minimum", "FloorMod", "FloorDiv"),
@@ -239,7 +239,7 @@ class _Memory:
     def _place(self, number: int, node: Node, output: int, size: int, inputs: list[int]) -> int | None:
         part = node.part
         if part.kind in _ALIASES and part.collective is None:
-            return self.buffers.get(node.inputs[0])
+            return self.buffers.get(node.inputs[output])
         if not size:
             return None
         if part.kind in _IN_PLACE and part.collective is None:
