@@ -90,9 +90,12 @@ class _HeadCrossEntropy(SlicedOperation):
 
         def fused(logits_slice: tf.Tensor, labels_slice: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             labels_flat = tf.clip_by_value(_flat(labels_slice, 0), 0, vocab_size - 1)
-            loss, residual = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits_slice, labels=labels_flat)
-            log_z = loss + tf.gather(logits_slice, labels_flat, batch_dims=1)
-            return loss, log_z, residual
+            target = tf.gather(logits_slice, labels_flat, batch_dims=1)
+            with tf.control_dependencies([target]):  # the last reader of the logits writes its residual over them
+                loss, residual = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
+                    features=logits_slice, labels=labels_flat
+                )
+            return loss, loss + target, residual
 
         return mesh_impl.slicewise(fused, logits, labels)
 
@@ -157,7 +160,9 @@ class _HeadCrossEntropyGradient(SlicedOperation):
             d_bias = product(flat_residual, d_logits, transpose_a=True)
             d_bias += scatter_rows(at_label, flat_labels, start, table.shape[0])
             d_hidden, d_table, d_bias = (tf.cast(d, dtype) for d in (d_hidden, d_table, d_bias))
-            return tf.reshape(d_hidden, hidden.shape), d_table, tf.squeeze(d_bias, 1)
+            with tf.control_dependencies([d_table]):  # the residual is let go of before back-propagation fills memory
+                d_hidden = tf.reshape(d_hidden, hidden.shape)
+            return d_hidden, d_table, tf.squeeze(d_bias, 1)
 
         start = slice_start(mesh_impl, self.vocab)
         values = mesh_impl.slicewise(gradients, *[lowering.tensors[x] for x in self.inputs], start)

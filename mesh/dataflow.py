@@ -29,7 +29,7 @@ _IN_PLACE = {
     *("Neg", "Abs", "Sign", "Exp", "Log", "Log1p", "Pow", "Sqrt", "Rsqrt", "Square", "Reciprocal", "Inv", "Sin", "Cos"),
     *("Tanh", "Sigmoid", "Softplus", "Relu", "LeakyRelu", "Elu", "Selu", "Softmax", "Cast", "SelectV2", "Snapshot"),
     *("TanhGrad", "SigmoidGrad", "RsqrtGrad", "SqrtGrad", "ReluGrad", "ReciprocalGrad", "SoftplusGrad"),
-    *("LogicalAnd", "LogicalOr", "LogicalNot"),
+    *("LogicalAnd", "LogicalOr", "LogicalNot", "SparseSoftmaxCrossEntropyWithLogits"),
 }
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import tensorflow.compat.v1 as tf
 
 from mesh import mtf
-from mesh.operations import GradientFn, SlicewiseOperation, elementwise, rows_inside
+from mesh.elementwise import elementwise
+from mesh.operations import GradientFn, SlicewiseOperation, rows_inside
 
 ALPHA = 1.3  # GPT-Neo's; 1 is softmax, 2 is sparsemax
 BISECTIONS = 50  # GPT-Neo's

@@ -264,37 +264,3 @@ def sum_of_squares(x: mtf.Tensor) -> mtf.Tensor:
 
     scalar = [(mtf.Shape([]), tf.float32)]
     return SlicewiseOperation(of_slice, [x], scalar, reduced_dims=x.shape.dims, name="sum_of_squares").outputs[0]
-
-
-def elementwise(
-    fn: Callable[..., tf.Tensor], x: mtf.Tensor, name: str, numbers: Sequence[mtf.Tensor] = ()
-) -> mtf.Tensor:
-    """`fn(element, *numbers)`, calculated in float32, of each element of `x` alone; same shape and dtype.
-
-    `numbers` are scalars, []. The gradient runs `fn` again rather than keep what it made on the way. (Mesh-TensorFlow's
-    own `cwise` cannot take the gradient of a value that is still to be summed over a mesh axis.)
-    """
-
-    def forward(x_slice: tf.Tensor, *numbers_: tf.Tensor) -> tf.Tensor:
-        return tf.cast(fn(*(tf.cast(value, tf.float32) for value in (x_slice, *numbers_))), x_slice.dtype)
-
-    def gradient(op: mtf.Operation, grad_ys: Sequence[mtf.Tensor | None]) -> list[mtf.Tensor | None]:
-        def back_to_x(dy: tf.Tensor, x_slice: tf.Tensor, *numbers_: tf.Tensor) -> tf.Tensor:
-            return tf.gradients([forward(x_slice, *numbers_)], [x_slice], [dy])[0]
-
-        def back_to_numbers(dy: tf.Tensor, x_slice: tf.Tensor, *numbers_: tf.Tensor) -> Any:
-            # of this use of the numbers alone: x may stem from an earlier one, where layers share them
-            found = tf.gradients([forward(tf.stop_gradient(x_slice), *numbers_)], list(numbers_), [dy])
-            return tuple(found) if len(found) > 1 else found[0]
-
-        inputs = [grad_ys[0], *op.inputs]
-        dx = SlicewiseOperation(back_to_x, inputs, [(x.shape, x.dtype)], name=f"{name}_gradient").outputs
-        if not numbers:
-            return dx
-        outputs = [(number.shape, number.dtype) for number in numbers]
-        summed = SlicewiseOperation(
-            back_to_numbers, inputs, outputs, reduced_dims=x.shape.dims, name=f"{name}_back_to_numbers"
-        )
-        return [*dx, *summed.outputs]
-
-    return SlicewiseOperation(forward, [x, *numbers], [(x.shape, x.dtype)], gradient=gradient, name=name).outputs[0]

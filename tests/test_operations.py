@@ -7,8 +7,9 @@ import tensorflow.compat.v1 as tf
 from mesh import mtf
 from mesh.cross_entropy import head_cross_entropy
 from mesh.dense import add_bias
+from mesh.elementwise import elementwise
 from mesh.layer_norm import standardize
-from mesh.operations import cache_update, elementwise, embedding_lookup
+from mesh.operations import cache_update, embedding_lookup
 from mesh.softmax import masked_softmax
 from tests.tiny import MtfSession
 

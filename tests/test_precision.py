@@ -11,9 +11,10 @@ from config import ModelConfig
 from mesh import mtf
 from mesh.cross_entropy import head_cross_entropy
 from mesh.devices import local_mesh
+from mesh.elementwise import elementwise
 from mesh.experts import with_expert_rules
 from mesh.layout import parse
-from mesh.operations import cache_update, cast_variable, elementwise, embedding_lookup
+from mesh.operations import cache_update, cast_variable, embedding_lookup
 from mesh.randomness import dropout, make_key
 from models import gpt
 from models.context import Context, variable_dtype
