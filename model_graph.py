@@ -63,6 +63,7 @@ class ModelGraph:
         }
 
     def context(self, dims: Dims | None = None, **changes: Any) -> Context:
+        """What a pass of the model over `dims`, or else the whole batch, is told; `changes` are fields of Context."""
         return Context(
             self.config,
             self.mesh,
@@ -73,6 +74,7 @@ class ModelGraph:
         )
 
     def lower(self) -> mtf.Lowering:
+        """The graph as TensorFlow operations on the devices; nothing can be added to it afterwards."""
         # operations of our own look variables up in the lowering, which stacking them would replace
         return mtf.Lowering(self.graph, {self.mesh: self.mesh_impl}, autostack=False)
 
